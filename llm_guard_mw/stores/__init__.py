@@ -1,0 +1,1 @@
+"""Stores: where balances, holds and the journal live. `protocol` says what one has to do."""

@@ -1,0 +1,222 @@
+"""What a store has to do, and the values that go in and out.
+
+A store keeps balances, holds, tombstones and the journal, and changes them in atomic steps. It decides by its
+own clock. The rules are those of docs/explanation/accounting.md:
+
+Rule 1. A reserve takes all lines of one offer, or nothing. A refusal leaves no trace.
+Rule 2. Every hold ends once: settled, released, taken over, or expired. Each ending but the last of those
+        leaves a tombstone, so that a repeated message is known and changes nothing.
+Rule 3. What moves money also appends the journal entry that says so, in the same step.
+
+Every operation is idempotent by exchange id, so a caller that lost the reply may ask again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Offer
+
+#: How long the endings are remembered.
+TOMBSTONE_MS = 5 * 60_000
+ABANDONED_TOMBSTONE_MS = 60 * 60_000
+#: A settle that comes later than this after its lease end moves nothing.
+LATE_SETTLE_MS = 60 * 60_000
+#: A hold may be this much past its lease before `verify` calls it a finding.
+GRACE_MS = 1000
+
+
+# ---------------------------------------------------------------- what goes in
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """A wish: grant the first of `offers` that fits, for exchange `exchange` of call `call`.
+
+    `takes` names an exchange whose money and token lines are left out of the check, as if they were gone; when
+    the wish is granted they are, and its requests line moves to this one. `force` grants the first offer
+    whatever the balances say (observe mode). `draft` is what the journal says if nobody ever settles:
+    `journal.encode_draft`.
+    """
+
+    exchange: str
+    call: str
+    offers: tuple[Offer, ...]
+    lease_ms: int
+    draft: bytes
+    takes: str | None = None
+    not_after: int | None = None  # ms, the store's clock: applied later, it is refused
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One line of a settlement: what was held there, and what it really was."""
+
+    line: Line  # line.amount is what was held (0 in a booking without a hold)
+    actual: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The end of an exchange. `kind` is SETTLE or RELEASE; the store may make it a CORRECTION or an ORPHAN.
+
+    `payload` is what the journal keeps: `journal.encode_event`. `fresh` books what never had a hold (usage
+    that was only heard of after the fact).
+    """
+
+    exchange: str
+    call: str
+    kind: EntryKind
+    lease_end: int
+    moved: tuple[Moved, ...]
+    payload: bytes
+    fresh: bool = False
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one balance of the granted or refused offer stands, in the order of its demands."""
+
+    spent: int  # bucket: drained to now
+    held: int
+    rem: int = 0
+    window_start: int = 0
+    window_end: int | None = None  # ms; None where nothing resets
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """`offers[offer]` was granted with output cap `cap`. `lines` are what is now held (or spent, for requests).
+
+    `standings` are after the grant. `short` are the demands that stood in the way of a forced grant.
+    """
+
+    offer: int
+    cap: int
+    lines: tuple[Line, ...]
+    standings: tuple[Standing, ...]
+    lease_end: int
+    at: int
+    short: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """No offer fitted. `standings[i]` and `short[i]` belong to `offers[i]`; `short` are indices of its demands."""
+
+    standings: tuple[tuple[Standing, ...], ...]
+    short: tuple[tuple[int, ...], ...]
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClockApart:
+    """None of the windows sent contains the store's time `at`: ask again with windows around it."""
+
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class TooLate:
+    """The reserve arrived after its `not_after`, or its exchange has ended already. Nothing was done."""
+
+    at: int
+
+
+class Settled(StrEnum):
+    """What a settlement did."""
+
+    DONE = "done"
+    AGAIN = "again"  # it had been done before: nothing moved
+    CORRECTED = "corrected"  # the hold had been abandoned and booked: the difference was
+    ORPHAN = "orphan"  # neither hold nor tombstone: booked in full
+    TOO_LATE = "too_late"  # more than an hour past its lease: nothing moved
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The leases now end at `lease_end`; the exchanges in `gone` are no longer held."""
+
+    lease_end: int
+    gone: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceState:
+    """One balance as it stands. `changes` grows with every movement, so that `verify` can tell a quiet one."""
+
+    balance: str
+    kind: Kind
+    window_start: int
+    spent: int  # a bucket's `used`, as of its stamp; a concurrency balance's number of calls
+    held: int
+    changes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoldState:
+    """One open hold."""
+
+    exchange: str
+    call: str
+    lease_end: int
+    lines: tuple[Line, ...]
+
+
+class Store(Protocol):
+    """The sync face. The async face has the same methods as coroutines."""
+
+    def reserve(self, wish: Reserve) -> Granted | Refused | ClockApart | TooLate: ...
+
+    def settle(self, settlement: Settlement) -> Settled: ...
+
+    def renew(self, exchanges: Sequence[str], calls: Sequence[str], lease_ms: int) -> Renewed:
+        """Prolong the leases of open holds and of open calls."""
+
+    def expire(self, most: int = 1000) -> int:
+        """Book the holds whose lease has run out, and forget what may be forgotten. Returns how many were booked."""
+
+    def close_call(self, call: str) -> None:
+        """The call is over: it counts against no concurrency limit any more."""
+
+    def admit(self, parent: str, scope: str, value: str, day: int, most: int) -> bool:
+        """Whether `value` may have a balance of its own: known since before, or one of the first `most` new today."""
+
+    def peek(self, balances: Sequence[str]) -> Sequence[BalanceState]:
+        """The named balances as they stand; an unknown one is left out."""
+
+    # -- the journal, read by the drain
+
+    def append(self, entry_id: str, payload: bytes) -> None:
+        """Enter a refusal: it has no lines, and moves nothing."""
+
+    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry]:
+        """Entries behind position `after` ("" = from the start), oldest first."""
+
+    def trim_journal(self, upto: str) -> None:
+        """Forget the entries up to and including `upto`, which the ledger has committed."""
+
+    def journal_length(self) -> int: ...
+
+    def epoch(self) -> str:
+        """The identity of this store's contents: another one after it was lost and made anew."""
+
+    # -- read by verify
+
+    def balances(self, after: str, count: int) -> Sequence[BalanceState]:
+        """A page of balances, by name, behind name `after`."""
+
+    def holds(self, after: str, count: int) -> Sequence[HoldState]:
+        """A page of open holds, by exchange id, behind `after`."""
+
+    def now(self) -> int:
+        """The store's clock, in ms."""
+
+    def close(self) -> None: ...
