@@ -95,7 +95,8 @@ class Standing:
 class Granted:
     """`offers[offer]` was granted with output cap `cap`. `lines` are what is now held (or spent, for requests).
 
-    `standings` are after the grant. `short` are the demands that stood in the way of a forced grant.
+    `standings` are after the grant. `short` are the demands that stood in the way of a forced grant. `took` says
+    that the exchange named by `takes` was still open and has been taken over by this one.
     """
 
     offer: int
@@ -105,6 +106,7 @@ class Granted:
     lease_end: int
     at: int
     short: tuple[int, ...] = ()
+    took: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,10 @@ class Store(Protocol):
         """Prolong the leases of open holds and of open calls."""
 
     def expire(self, most: int = 1000) -> int:
-        """Book the holds whose lease has run out, and forget what may be forgotten. Returns how many were booked."""
+        """Book the holds whose lease has run out, drop old tombstones and members. Returns how many were booked."""
+
+    def forget(self, most: int = 1000) -> int:
+        """Drop balances that no longer say anything: windows long over, buckets long empty. Returns how many."""
 
     def close_call(self, call: str) -> None:
         """The call is over: it counts against no concurrency limit any more."""
