@@ -44,7 +44,10 @@ def drain(used: int, rem: int, stamp: int, now: int, rate: int, period: int) -> 
 
 
 def wait_ticks(over: int, rem: int, rate: int, period: int) -> int:
-    """Ticks until `over` more units have drained from a bucket that nobody adds to."""
+    """Ticks until `over` more units have drained from a bucket that nobody adds to.
+
+    They count from the bucket's stamp, and never run in a store: `over * period` may pass 2**53.
+    """
     if over <= 0:
         return 0
     return -((rem - over * period) // rate)
@@ -56,12 +59,18 @@ def wait_ticks(over: int, rem: int, rate: int, period: int) -> int:
 def window_at(period: Period, anchor: int, timezone: str, at: int) -> Window:
     """The calendar window that contains `at` (ms since the epoch).
 
-    Windows begin at local midnight of `timezone`. `anchor` is the day that a window begins with: 1..31 of the
-    month (in shorter months their last day), 1 (Monday) .. 7 of the week; a day has none. A local day with a
-    change of the clocks is 23 or 25 hours long, and so is its window.
+    Windows begin with the first moment of a local day of `timezone`. `anchor` is the day that a window begins
+    with: 1..31 of the month (in shorter months their last day), 1 (Monday) .. 7 of the week; a day has none. A
+    local day with a change of the clocks is 23 or 25 hours long, and so is its window.
     """
     local_day = datetime.fromtimestamp(at / 1000, ZoneInfo(timezone)).date()
-    return _window_of_day(period, anchor, timezone, local_day)
+    window = _window_of_day(period, anchor, timezone, local_day)
+    while at >= window.end:
+        # The clocks went back over midnight (St John's did so at 00:01), so that yesterday's date is shown once
+        # more. Today's window has begun all the same, and no window begins twice.
+        local_day += timedelta(days=1)
+        window = _window_of_day(period, anchor, timezone, local_day)
+    return window
 
 
 def next_window(period: Period, anchor: int, timezone: str, window: Window) -> Window:
@@ -97,13 +106,23 @@ def _month_after(year: int, month: int) -> tuple[int, int]:
 
 
 def _midnight(day: date, timezone: str) -> int:
-    """The first moment of a local day, in ms. Where the clocks skip midnight, that is the moment they jump to.
+    """The first moment of a local day, in ms.
 
-    `fold=0` picks the first of two midnights. A skipped one reads as the offset before the jump, which lands
-    on the very moment of the jump.
+    Of two midnights `fold=0` picks the first. Where the clocks skip midnight, `fold=0` reads it by the offset
+    before the jump, which lands on the jump or behind it, and `fold=1` by the offset after, which lands before
+    it: the jump lies between the two, and the day begins there.
     """
-    local = datetime.combine(day, time(0), ZoneInfo(timezone))
-    return round(local.timestamp() * 1000)
+    zone = ZoneInfo(timezone)
+    midnight = datetime.combine(day, time(0), zone)
+    latest = int(midnight.timestamp())
+    earliest = int(midnight.replace(fold=1).timestamp())
+    while latest - earliest > 1:
+        middle = (earliest + latest) // 2
+        if datetime.fromtimestamp(middle, zone).date() < day:
+            earliest = middle
+        else:
+            latest = middle
+    return latest * MS_PER_SECOND
 
 
 def utc(at: int) -> datetime:
