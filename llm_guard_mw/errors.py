@@ -4,7 +4,8 @@ GuardError
 ├── LimitExceeded       the caller's budget: carries the Refusal that the doors would send
 ├── IdentityError       the caller's credential: missing where one is needed, or not valid
 ├── ConfigError         the operator's file: every mistake found, with file, line, value and fix
-└── StoreUnavailable    the machinery's: the store did not answer, or is full
+├── StoreUnavailable    the machinery's: the store did not answer, or is full
+└── LedgerUnavailable   the machinery's: the database of the books did not answer
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ class LimitExceeded(GuardError):
 class IdentityError(GuardError):
     """A credential is there but not valid, or none is there and the rules demand one.
 
-    The message names the source (`jwt:sub`, `header:x-user-id`), never the credential.
+    The message names the source (`jwt:sub`, `header:x-user-id`), never the credential. `retry_after_seconds` is
+    None where the credential is at fault (401); it is set while that cannot be told yet, because the keys to
+    judge by are still on their way (503). Nobody is let in either way.
     """
+
+    def __init__(self, message: str, *, retry_after_seconds: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +74,10 @@ class StoreUnavailable(GuardError):
     def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class LedgerUnavailable(GuardError):
+    """The database of the books did not answer, or another process held it too long. Nothing was lost.
+
+    What it was to take down waits in the journal, and is taken down by a later drain.
+    """
