@@ -9,7 +9,8 @@ What the definitions leave open, and how it is answered here:
 - Tombstones and members past their time stay until something drops them: `expire`, and for members a reserve
   that looks at their balance. Until then they count (tombstones) and can be renewed (members).
 - Windows are looked up offer by offer, so an offer that nobody reached cannot make the clock an issue.
-- A bucket that a booking opened has no rate yet; it drains from that booking on, once a reserve brings one.
+- A bucket has stood there empty since the epoch, so that forgetting an empty one changes nothing. One that a
+  booking opened has no rate yet; it drains from that booking on, once a reserve brings one.
 - A concurrency balance is a set of calls, and no page of balances lists it.
 """
 
@@ -30,6 +31,7 @@ from llm_guard_mw.stores.protocol import (
     ClockApart,
     Granted,
     HoldState,
+    Moved,
     Refused,
     Renewed,
     Reserve,
@@ -86,6 +88,7 @@ class Hold:
     offer: int
     cap: int
     draft: bytes
+    took: bool
 
 
 @dataclass(slots=True)
@@ -216,9 +219,10 @@ class ReferenceStore:
             lines.append(
                 Line(demand.balance, demand.kind, demand.unit, balance.window_start, amount, demand.spent_at_reserve)
             )
+        took = wish.takes is not None and wish.takes in self._holds
         lines += self._take_over(now, wish.takes)
-        self._holds[wish.exchange] = Hold(wish.call, lease_end, tuple(lines), index, cap, wish.draft)
-        return Granted(index, cap, tuple(lines), self._standings(now, offer), lease_end, now, short)
+        self._holds[wish.exchange] = Hold(wish.call, lease_end, tuple(lines), index, cap, wish.draft, took)
+        return Granted(index, cap, tuple(lines), self._standings(now, offer), lease_end, now, short, took)
 
     def _take_over(self, now: int, exchange: str | None) -> list[Line]:
         """End an open hold without an entry: what it held is given back, what it spent goes to the taker."""
@@ -240,7 +244,7 @@ class ReferenceStore:
         if seen is None:
             return ClockApart(now)
         standings = tuple(balance.standing() for balance in seen)
-        return Granted(hold.offer, hold.cap, hold.lines, standings, hold.lease_end, now)
+        return Granted(hold.offer, hold.cap, hold.lines, standings, hold.lease_end, now, took=hold.took)
 
     def _standings(self, now: int, offer: Offer) -> tuple[Standing, ...]:
         return tuple(balance.standing() for balance in self._see(now, offer) or ())
@@ -265,10 +269,15 @@ class ReferenceStore:
             self._enter(now, exchange, EntryKind.CORRECTION, _not_zero(deltas), settlement.payload)
             return Settled.CORRECTED
 
-        actuals = [replace(moved.line, amount=moved.actual) for moved in settlement.moved]
+        all_moved = settlement.moved
+        unknown = kind is EntryKind.RELEASE and not all_moved
+        if unknown and exchange in self._holds:
+            lines = self._holds[exchange].lines
+            all_moved = tuple(Moved(line, line.amount if line.spent else 0) for line in lines)
+        actuals = [replace(moved.line, amount=moved.actual) for moved in all_moved]
         if exchange in self._holds:
             del self._holds[exchange]
-            for moved in settlement.moved:
+            for moved in all_moved:
                 if moved.line.spent:
                     self._move(now, moved.line, spent=moved.actual - moved.line.amount)
                 else:
@@ -277,6 +286,8 @@ class ReferenceStore:
             self._enter(now, exchange, kind, _not_zero(actuals), settlement.payload)
             return Settled.DONE
 
+        if unknown:
+            return Settled.AGAIN
         if too_late and not settlement.fresh:
             return Settled.TOO_LATE
         kind = EntryKind.SETTLE if settlement.fresh else EntryKind.ORPHAN
