@@ -181,6 +181,8 @@ class Asked:
     counted: bool = True  # False: an endpoint that costs nothing (model lists, token counting)
     output: bool = True  # False: an endpoint without output tokens (embeddings)
     service_tier: str | None = None
+    kinds: tuple[str, ...] | None = None  # what besides text it may be billed for (pricing.INPUT_KINDS); None: any
+    thinks: bool = False  # it turns thinking on: output that the caller need not see
 
 
 # ---------------------------------------------------------------- balances
