@@ -218,9 +218,12 @@ class Policy:
         plan = self._plans[None if route is None else route.name]
         if plan.always is not None and not key_limits:
             return plan.always
-        values = self.scope_values(route, principal, tags, feature=feature, model=model)
-        chosen = plan.choose(values)
-        return chosen + _Plan(key_limits).choose(values) if key_limits else chosen
+        if feature is None and route is not None:
+            feature = route.feature
+        chosen = plan.choose(principal, tags, feature, model)
+        if not key_limits:
+            return chosen
+        return chosen + _Plan(key_limits).choose(principal, tags, feature, model)
 
 
 class _Plan:
@@ -244,21 +247,38 @@ class _Plan:
         #: What counts for every caller, where no limit has a condition.
         self.always = None if asked else tuple([group[0] for group in self._groups])
 
-    def choose(self, values: ScopeValues) -> tuple[Limit, ...]:
+    def choose(self, principal: Principal, tags: Tags, feature: str | None, model: str | None) -> tuple[Limit, ...]:
         # Two callers who look alike to every condition get the same limits.
-        kind = tuple([value if (value := _fact(values, key)) in wanted else None for key, wanted in self._asked])
+        facts = [(_fact(key, principal, tags, feature, model), wanted) for key, wanted in self._asked]
+        kind = tuple([value if value in wanted else None for value, wanted in facts])
         chosen = self._kinds.get(kind)
         if chosen is None:
-            facts = dict(zip([key for key, _ in self._asked], kind, strict=True))
-            found = [_first_that_holds(group, facts) for group in self._groups]
+            known = dict(zip([key for key, _ in self._asked], kind, strict=True))
+            found = [_first_that_holds(group, known) for group in self._groups]
             chosen = tuple([limit for limit in found if limit is not None])
             if len(self._kinds) < self._KINDS_MAX:
                 self._kinds[kind] = chosen
         return chosen
 
 
-def _fact(values: ScopeValues, key: str) -> str | None:
-    return values.tags.get(key) if key in ("experiment", "variant") else values.value(key)
+def _fact(key: str, principal: Principal, tags: Tags, feature: str | None, model: str | None) -> str | None:
+    """What a condition on `key` looks at. Untrusted tags say nothing here, as in ScopeValues.of."""
+    if key == "user":
+        return principal.user
+    if key == "tenant":
+        return principal.tenant
+    if key == "model":
+        return model
+    if key == "tier":
+        return principal.tier if principal.tier is not None or not tags.trusted else tags.tier
+    if key == "feature":
+        return feature if feature is not None or not tags.trusted else tags.feature
+    if not tags.trusted:
+        return None
+    name = key.removeprefix("tag:")
+    if name == "experiment":
+        return tags.experiment
+    return tags.variant if name == "variant" else dict(tags.free).get(name)
 
 
 def _first_that_holds(group: tuple[Limit, ...], facts: Mapping[str, str | None]) -> Limit | None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from starlette.routing import compile_path as starlette_compile_path
 
 from llm_guard_mw.model import Principal, Tags
+from llm_guard_mw.notation import CONDITIONS
 from llm_guard_mw.policy import Limit, Policy, Route, compile_path, parse_limit
 
 ALICE = Principal(user="alice", tenant="acme")
@@ -214,6 +215,36 @@ def test_a_condition_holds_for_whom_it_names_and_for_nobody_else(
 
     assert len(policy.limits_for(None, principal, tags)) == 1
     assert policy.limits_for(None, Principal("bob", "other", "pro"), Tags(feature="other", trusted=True)) == ()
+
+
+_WORD = st.none() | st.sampled_from(["a", "b"])
+
+
+@given(
+    key=st.sampled_from([*CONDITIONS, "tag:team", "tag:experiment"]),
+    principal=st.builds(Principal, user=_WORD, tenant=_WORD, tier=_WORD),
+    tags=st.builds(
+        Tags,
+        feature=_WORD,
+        tier=_WORD,
+        experiment=_WORD,
+        variant=_WORD,
+        free=st.sampled_from([(), (("team", "a"),), (("team", "b"),)]),
+        trusted=st.booleans(),
+    ),
+    feature=_WORD,
+    model=_WORD,
+)
+def test_conditions_and_balances_see_the_same_values(
+    key: str, principal: Principal, tags: Tags, feature: str | None, model: str | None
+) -> None:
+    policy = Policy(limits=(parse_limit({"limit": "$1/day per user", "when": {key: "a"}}),))
+
+    chosen = policy.limits_for(None, principal, tags, feature=feature, model=model)
+    values = policy.scope_values(None, principal, tags, feature=feature, model=model)
+
+    said = values.tags.get(key) if key in ("experiment", "variant") else values.value(key)
+    assert bool(chosen) == (said == "a")
 
 
 def test_untrusted_tags_never_choose_a_limit() -> None:
