@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from llm_guard_mw.toml_lines import Path, TomlLines
 
-FILE = (
-    '''\
+FILE = '''\
 # a comment with [brackets] = "and quotes
 top = 1
 "quoted key" = "a # no comment"   # a comment
@@ -54,8 +53,8 @@ x = 2
 k = 1
 [later]
 [later.again]
-v = 1"""
-)
+v = 1
+'''
 
 
 @pytest.mark.parametrize(
