@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -23,6 +24,7 @@ from llm_guard_mw.stores.protocol import (
     Standing,
     Store,
     TooLate,
+    Unreadable,
 )
 from tests.model.world import (
     DAY,
@@ -78,8 +80,10 @@ def changes(store: Store, balance: str) -> int:
     return states[0].changes if states else 0
 
 
-def journal(store: Store) -> list[JournalEntry]:
-    return list(store.read_journal("", 1000))
+def journal(store: Store, after: str = "", count: int = 1000) -> list[JournalEntry]:
+    entries = store.read_journal(after, count)
+    assert not any(isinstance(entry, Unreadable) for entry in entries)
+    return [entry for entry in entries if isinstance(entry, JournalEntry)]
 
 
 def amounts(entry: JournalEntry) -> dict[str, int]:
@@ -415,6 +419,16 @@ def test_a_clock_that_jumps_back_over_a_window_edge_leaves_the_balance_in_the_la
     assert granted.standings == (Standing(0, 100, 0, TOMORROW, TOMORROW + DAY),)
     assert granted.lines[0].window_start == TOMORROW
     refuse(store, wish("e/1", offer(dollars("day", 100, 1))))
+
+
+def test_the_end_of_a_window_that_was_not_sent_is_not_made_up(store: Store, clock: Clock) -> None:
+    clock.now = NOON + 5 * DAY
+    grant(store, wish("c/1", offer(dollars("day", 100, 60, windows=days(clock.now)))))
+    clock.now = NOON
+
+    granted = grant(store, wish("d/1", offer(dollars("day", 100, 40))))
+
+    assert granted.standings == (Standing(0, 100, 0, TODAY + 5 * DAY, None),)
 
 
 def test_a_total_never_resets(store: Store, clock: Clock) -> None:
@@ -1187,12 +1201,12 @@ def test_the_journal_is_read_in_pages_and_in_order(store: Store) -> None:
     for number in range(5):
         _refusal(store, number)
 
-    first = store.read_journal("", 2)
-    second = store.read_journal(first[-1].position, 2)
-    third = store.read_journal(second[-1].position, 2)
+    first = journal(store, "", 2)
+    second = journal(store, first[-1].position, 2)
+    third = journal(store, second[-1].position, 2)
 
     assert [entry.event.call_id for page in (first, second, third) for entry in page] == ["c0", "c1", "c2", "c3", "c4"]
-    assert store.read_journal(third[-1].position, 2) == ()
+    assert journal(store, third[-1].position) == []
 
 
 def test_what_was_trimmed_is_gone_and_the_rest_keeps_its_position(store: Store) -> None:
@@ -1215,9 +1229,29 @@ def test_a_trimmed_journal_goes_on_behind_what_it_was(store: Store) -> None:
 
     _refusal(store, 9)
 
-    assert [entry.event.call_id for entry in store.read_journal(read[-1].position, 10)] == ["c9"]
+    assert [entry.event.call_id for entry in journal(store, read[-1].position)] == ["c9"]
     store.trim_journal(read[-1].position)
     assert store.journal_length() == 1
+
+
+def test_an_entry_that_cannot_be_read_is_handed_out_with_what_it_moved(store: Store) -> None:
+    granted = grant(store, wish("c/1", offer(prepaid("pot", 10, 4))))
+    store.settle(replace(settled("c/1", granted), payload=b'{"event":'))
+    _refusal(store, 2)
+
+    damaged, sound = store.read_journal("", 10)
+
+    assert isinstance(damaged, Unreadable)
+    assert (damaged.id, damaged.kind, damaged.at, damaged.payload) == (
+        "c/1/settle",
+        EntryKind.SETTLE,
+        NOON,
+        b'{"event":',
+    )
+    assert [line.amount for line in damaged.lines] == [4]
+    assert damaged.error
+    assert damaged.position < sound.position
+    assert isinstance(sound, JournalEntry)
 
 
 def test_an_empty_journal_has_nothing_to_trim(store: Store) -> None:
@@ -1314,6 +1348,18 @@ def test_what_still_says_something_is_not_forgotten(store: Store, clock: Clock) 
     store.forget()
 
     assert {state.balance for state in store.balances("", 10)} >= {"held", "pot", "slow"}
+
+
+def test_a_balance_ahead_of_a_clock_that_jumped_back_is_not_forgotten(store: Store, clock: Clock) -> None:
+    clock.now = NOON + 5 * DAY
+    grant(store, wish("c/1", offer(requests_a_day("rpd", 9, windows=days(clock.now)))))
+    clock.now = NOON
+    grant(store, wish("d/1", offer(requests_a_day("rpd", 9))))
+    clock.now = NOON + 3 * DAY
+
+    store.forget()
+
+    assert account(store, "rpd") == (2, 0)
 
 
 def test_forgetting_takes_no_more_than_asked(store: Store, clock: Clock) -> None:

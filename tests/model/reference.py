@@ -9,6 +9,7 @@ What the definitions leave open, and how it is answered here:
 - Tombstones and members past their time stay until something drops them: `expire`, and for members a reserve
   that looks at their balance. Until then they count (tombstones) and can be renewed (members).
 - Windows are looked up offer by offer, so an offer that nobody reached cannot make the clock an issue.
+- The end of a window is known only if it is one of those sent.
 - A bucket has stood there empty since the epoch, so that forgetting an empty one changes nothing. One that a
   booking opened has no rate yet; it drains from that booking on, once a reserve brings one.
 - A concurrency balance is a set of calls, and no page of balances lists it.
@@ -39,6 +40,7 @@ from llm_guard_mw.stores.protocol import (
     Settlement,
     Standing,
     TooLate,
+    Unreadable,
 )
 
 
@@ -106,7 +108,7 @@ class ReferenceStore:
     _members: defaultdict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))  # call -> lease end
     _holds: dict[str, Hold] = field(default_factory=dict)
     _tombstones: dict[str, Tombstone] = field(default_factory=dict)
-    _journal: list[JournalEntry] = field(default_factory=list)
+    _journal: list[JournalEntry | Unreadable] = field(default_factory=list)
     _entered: int = 0
     _scope_values: dict[tuple[str, str, str], int] = field(default_factory=dict)  # -> the day it was new
 
@@ -157,7 +159,7 @@ class ReferenceStore:
                     return None
                 balance.roll_to(window.start, window.end)
                 ends = {each.start: each.end for each in demand.windows}
-                balance.window_end = ends.get(balance.window_start, balance.window_end)
+                balance.window_end = ends.get(balance.window_start)
             elif demand.kind is Kind.BUCKET:
                 balance.describe(demand.rate, demand.period, demand.tick)
                 balance.drain_to(now)
@@ -262,11 +264,13 @@ class ReferenceStore:
                 return Settled.AGAIN
             if too_late:
                 return Settled.TOO_LATE
-            deltas = [replace(moved.line, amount=moved.actual - moved.line.amount) for moved in settlement.moved]
+            deltas = _not_zero(
+                replace(moved.line, amount=moved.actual - moved.line.amount) for moved in settlement.moved
+            )
             for delta in deltas:
                 self._move(now, delta, spent=delta.amount)
             self._tombstones[exchange] = Tombstone("corrected", now + ABANDONED_TOMBSTONE_MS)
-            self._enter(now, exchange, EntryKind.CORRECTION, _not_zero(deltas), settlement.payload)
+            self._enter(now, exchange, EntryKind.CORRECTION, deltas, settlement.payload)
             return Settled.CORRECTED
 
         all_moved = settlement.moved
@@ -324,8 +328,14 @@ class ReferenceStore:
         cap: int | None = None,
     ) -> None:
         self._entered += 1
-        event = read_event(kind, now, payload, offer=offer, cap=cap)
-        self._journal.append(JournalEntry(entry_id, kind, now, tuple(lines), event, position=f"{self._entered:012d}"))
+        position = f"{self._entered:012d}"
+        try:
+            event = read_event(kind, now, payload, offer=offer, cap=cap)
+        except Exception as error:
+            unreadable = Unreadable(entry_id, kind, now, tuple(lines), payload, repr(error), position=position)
+            self._journal.append(unreadable)
+        else:
+            self._journal.append(JournalEntry(entry_id, kind, now, tuple(lines), event, position=position))
 
     # ---------------------------------------------------------------- leases
 
@@ -387,7 +397,7 @@ class ReferenceStore:
         if all(entry.id != entry_id for entry in self._journal):
             self._append(self.clock(), entry_id, EntryKind.REFUSED, (), payload)
 
-    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry]:
+    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
         return tuple(entry for entry in self._journal if entry.position > after)[:count]
 
     def trim_journal(self, upto: str) -> None:
