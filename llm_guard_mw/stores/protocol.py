@@ -65,7 +65,8 @@ class Settlement:
     """The end of an exchange. `kind` is SETTLE or RELEASE; the store may make it a CORRECTION or an ORPHAN.
 
     `payload` is what the journal keeps: `journal.encode_event`. `fresh` books what never had a hold (usage
-    that was only heard of after the fact).
+    that was only heard of after the fact). A RELEASE without `moved` gives back whatever is held, if anything
+    is: for a caller that went away before it learnt what was granted.
     """
 
     exchange: str
@@ -172,6 +173,20 @@ class HoldState:
     lines: tuple[Line, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A journal entry whose payload cannot be read: the drain puts it aside, with what it moved."""
+
+    id: str
+    kind: EntryKind
+    at: int
+    lines: tuple[Line, ...]
+    payload: bytes
+    error: str
+    position: str = ""
+    partition: str = ""
+
+
 class Store(Protocol):
     """The sync face. The async face has the same methods as coroutines."""
 
@@ -202,7 +217,7 @@ class Store(Protocol):
     def append(self, entry_id: str, payload: bytes) -> None:
         """Enter a refusal: it has no lines, and moves nothing."""
 
-    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry]:
+    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
         """Entries behind position `after` ("" = from the start), oldest first."""
 
     def trim_journal(self, upto: str) -> None:

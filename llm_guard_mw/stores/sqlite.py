@@ -25,9 +25,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-import structlog
-
 from llm_guard_mw.errors import ConfigError, StoreUnavailable
+from llm_guard_mw.logs import log
 from llm_guard_mw.model import JournalEntry
 from llm_guard_mw.stores import sqlite_steps as steps
 from llm_guard_mw.stores.protocol import (
@@ -41,6 +40,7 @@ from llm_guard_mw.stores.protocol import (
     Settled,
     Settlement,
     TooLate,
+    Unreadable,
 )
 
 T = TypeVar("T")
@@ -52,8 +52,6 @@ GROUP_MAX = 128
 LOCK_WAIT_SECONDS = 5.0
 #: How often the length of the journal is looked at.
 _LENGTH_EVERY_SECONDS = 0.1
-
-log = structlog.get_logger("llm_guard")
 
 
 def wall_clock_ms() -> int:
@@ -95,6 +93,10 @@ class SQLiteStore:
     def close_call(self, call: str) -> None:
         return self.engine.run(steps.close_call, call)
 
+    def close_call_soon(self, call: str, done: Callable[[BaseException | None], None]) -> None:
+        """Close the call without waiting; `done` is told the outcome on the store's thread."""
+        self.engine.post(steps.close_call, (call,), done)
+
     def admit(self, parent: str, scope: str, value: str, day: int, most: int) -> bool:
         return self.engine.run(steps.admit, parent, scope, value, day, most)
 
@@ -104,7 +106,11 @@ class SQLiteStore:
     def append(self, entry_id: str, payload: bytes) -> None:
         return self.engine.run(steps.append, entry_id, payload)
 
-    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry]:
+    def append_soon(self, entry_id: str, payload: bytes, done: Callable[[BaseException | None], None]) -> None:
+        """Append without waiting; `done` is told the outcome on the store's thread."""
+        self.engine.post(steps.append, (entry_id, payload), done)
+
+    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
         return self.engine.run(steps.read_journal, after, count)
 
     def trim_journal(self, upto: str) -> None:

@@ -31,6 +31,7 @@ from llm_guard_mw.stores.protocol import (
     Settlement,
     Standing,
     TooLate,
+    Unreadable,
 )
 
 #: Raised by one for each change of the tables below; an unknown (newer) one is refused.
@@ -53,7 +54,7 @@ CREATE INDEX members_call ON members (call);
 CREATE INDEX members_lease_end ON members (lease_end);
 CREATE TABLE holds (
     exchange TEXT PRIMARY KEY, call TEXT NOT NULL, lease_end INTEGER NOT NULL,
-    lines BLOB NOT NULL, offer INTEGER NOT NULL, cap INTEGER NOT NULL, draft BLOB NOT NULL
+    lines BLOB NOT NULL, offer INTEGER NOT NULL, cap INTEGER NOT NULL, draft BLOB NOT NULL, took INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX holds_lease_end ON holds (lease_end);
 CREATE TABLE tombstones (
@@ -94,7 +95,9 @@ def reserve(db: sqlite3.Connection, now: int, wish: Reserve) -> Granted | Refuse
     """Grant the first offer that fits; a refusal sweeps what is due and tries once more."""
     if wish.not_after is not None and now > wish.not_after:
         return TooLate(now)
-    hold = db.execute("SELECT lines, offer, cap, lease_end FROM holds WHERE exchange = ?", (wish.exchange,)).fetchone()
+    hold = db.execute(
+        "SELECT lines, offer, cap, lease_end, took FROM holds WHERE exchange = ?", (wish.exchange,)
+    ).fetchone()
     if hold is not None:
         return _granted_before(db, now, wish, *hold)
     if _tombstone(db, wish.exchange) is not None:
@@ -112,6 +115,7 @@ class _Balance:
     __slots__ = (
         "changes",
         "held",
+        "inside",
         "kind",
         "name",
         "period",
@@ -128,6 +132,7 @@ class _Balance:
         self.name = name
         self.kind = kind
         self.window_end: int | None = None
+        self.inside = False  # concurrency: the call that asks is counted already
         if row is None:
             row = (0, 0, 0, 0, 0, 0, 0, 1, 0)
         (
@@ -210,7 +215,7 @@ def _as_of_now(
         return balance
     if demand.kind is Kind.CONCURRENT:
         balance = _Balance(demand.balance, demand.kind, None)
-        balance.spent = _others_in(db, now, demand.balance, call)
+        balance.spent, balance.inside = _members(db, now, demand.balance, call)
     else:
         balance = _load(db, demand.balance, demand.kind)
         if demand.kind is Kind.CALENDAR:
@@ -221,16 +226,19 @@ def _as_of_now(
                 balance.window_start, balance.spent, balance.held = window.start, 0, 0
             balance.window_end = next((w.end for w in demand.windows if w.start == balance.window_start), window.end)
         elif demand.kind is Kind.BUCKET:
+            # A booking may have opened it, in ms, before anybody said in which ticks it drains.
+            balance.stamp = balance.stamp * balance.tick // demand.tick
             balance.rate, balance.period, balance.tick = demand.rate, demand.period, demand.tick
             balance.drain_to(now)
     seen[demand.balance] = balance
     return balance
 
 
-def _others_in(db: sqlite3.Connection, now: int, name: str, call: str) -> int:
+def _members(db: sqlite3.Connection, now: int, name: str, call: str) -> tuple[int, bool]:
+    """How many calls are counted, and whether this one is among them."""
     db.execute("DELETE FROM members WHERE name = ? AND lease_end <= ?", (name, now))
-    (count,) = db.execute("SELECT count(*) FROM members WHERE name = ? AND call != ?", (name, call)).fetchone()
-    return int(count)
+    count, own = db.execute("SELECT count(*), total(call = ?) FROM members WHERE name = ?", (call, name)).fetchone()
+    return count, own > 0
 
 
 def _attempt(db: sqlite3.Connection, now: int, wish: Reserve) -> Granted | Refused | ClockApart:
@@ -246,24 +254,27 @@ def _attempt(db: sqlite3.Connection, now: int, wish: Reserve) -> Granted | Refus
             if balance is None:
                 return ClockApart(now)
             balances.append(balance)
-        cap, short = _fit(offer, balances, freed)
+        # What is forced keeps its cap, and hears what would have lowered or refused it.
+        cap, short = _fit(offer, balances, freed, offer.cap if wish.force else offer.at_least)
         if not short or wish.force:
-            return _grant(db, now, wish, index, cap if not short else offer.cap, balances, taken, short)
+            return _grant(db, now, wish, index, offer.cap if wish.force else cap, balances, taken, short)
         all_standings.append(tuple(balance.standing() for balance in balances))
         all_short.append(short)
     return Refused(tuple(all_standings), tuple(all_short), now)
 
 
-def _fit(offer: Offer, balances: Sequence[_Balance], freed: dict[tuple[str, int], int]) -> tuple[int, tuple[int, ...]]:
+def _fit(
+    offer: Offer, balances: Sequence[_Balance], freed: dict[tuple[str, int], int], at_least: int
+) -> tuple[int, tuple[int, ...]]:
     """The largest output cap that every balance can bear, and the demands that cannot even bear the least."""
     cap = offer.cap
     short: list[int] = []
     for index, (demand, balance) in enumerate(zip(offer.demands, balances, strict=True)):
         room = demand.ceiling - balance.spent - balance.held + freed.get((demand.balance, balance.window_start), 0)
-        if demand.fixed + demand.per_output * cap <= room:
+        if balance.inside or demand.fixed + demand.per_output * cap <= room:
             continue
         bearable = (room - demand.fixed) // demand.per_output if demand.per_output else -1
-        if bearable < offer.at_least:
+        if bearable < at_least:
             short.append(index)
         else:
             cap = bearable
@@ -301,7 +312,7 @@ def _grant(
                 "INSERT INTO members VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET lease_end = excluded.lease_end",
                 (demand.balance, wish.call, lease_end),
             )
-            balance.spent += 1
+            balance.spent += not balance.inside
             continue
         if demand.spent_at_reserve:
             balance.spent += amount
@@ -314,15 +325,15 @@ def _grant(
         if balance.kind is not Kind.CONCURRENT:
             _write(db, balance, now)
     db.execute(
-        "INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (wish.exchange, wish.call, lease_end, _encode_lines(lines), index, cap, wish.draft),
+        "INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (wish.exchange, wish.call, lease_end, _encode_lines(lines), index, cap, wish.draft, taken is not None),
     )
     standings = tuple(balance.standing() for balance in balances)
     return Granted(index, cap, tuple(lines), standings, lease_end, now, short, took=taken is not None)
 
 
 def _granted_before(
-    db: sqlite3.Connection, now: int, wish: Reserve, lines: bytes, offer: int, cap: int, lease_end: int
+    db: sqlite3.Connection, now: int, wish: Reserve, lines: bytes, offer: int, cap: int, lease_end: int, took: int
 ) -> Granted | ClockApart:
     """The same answer again, for a caller that lost the first one."""
     seen: dict[str, _Balance] = {}
@@ -331,10 +342,8 @@ def _granted_before(
         balance = _as_of_now(db, now, wish.call, demand, seen)
         if balance is None:
             return ClockApart(now)
-        if demand.kind is Kind.CONCURRENT:
-            balance.spent += 1
         standings.append(balance.standing())
-    return Granted(offer, cap, _lines(lines), tuple(standings), lease_end, now)
+    return Granted(offer, cap, _lines(lines), tuple(standings), lease_end, now, took=bool(took))
 
 
 # ---------------------------------------------------------------- settle, release, expire: one path
@@ -345,13 +354,16 @@ def settle(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled:
     tombstone = _tombstone(db, settlement.exchange)
     if tombstone is not None:
         return _settle_abandoned(db, now, settlement) if tombstone == EntryKind.ABANDONED else Settled.AGAIN
-    held = db.execute("SELECT 1 FROM holds WHERE exchange = ?", (settlement.exchange,)).fetchone()
+    held = _hold_lines(db, settlement.exchange)
     if held is not None:
-        for moved in settlement.moved:
+        moves = settlement.moved or _given_back(held)
+        for moved in moves:
             _move(db, now, moved.line, give_back=moved.line.amount, book=moved.actual)
         _end_hold(db, now, settlement.exchange, settlement.kind, TOMBSTONE_MS)
-        _enter(db, now, settlement.exchange, settlement.kind, _actual(settlement.moved), settlement.payload)
+        _enter(db, now, settlement.exchange, settlement.kind, _actual(moves), settlement.payload)
         return Settled.DONE
+    if settlement.kind is EntryKind.RELEASE and not settlement.moved:
+        return Settled.AGAIN
     if not settlement.fresh and now > settlement.lease_end + LATE_SETTLE_MS:
         return Settled.TOO_LATE
     for moved in settlement.moved:
@@ -377,6 +389,11 @@ def _settle_abandoned(db: sqlite3.Connection, now: int, settlement: Settlement) 
     _bury(db, now, settlement.exchange, _CORRECTED, ABANDONED_TOMBSTONE_MS)
     _enter(db, now, settlement.exchange, EntryKind.CORRECTION, deltas, settlement.payload)
     return Settled.CORRECTED
+
+
+def _given_back(lines: Iterable[Line]) -> tuple[Moved, ...]:
+    """What a release means for lines whose owner never learnt them: the money back, the requests spent."""
+    return tuple(Moved(line, line.amount if line.spent else 0) for line in lines)
 
 
 def _actual(moved: Iterable[Moved]) -> list[Line]:
@@ -421,7 +438,7 @@ def expire(db: sqlite3.Connection, now: int, most: int = 1000) -> int:
             _move(db, now, line, give_back=line.amount, book=line.amount)
         _end_hold(db, now, exchange, EntryKind.ABANDONED, ABANDONED_TOMBSTONE_MS)
         _enter(db, now, exchange, EntryKind.ABANDONED, lines, draft, offer, cap)
-    db.execute("DELETE FROM tombstones WHERE until <= ?", (now,))
+    db.execute("DELETE FROM tombstones WHERE until < ?", (now,))
     db.execute("DELETE FROM members WHERE lease_end <= ?", (now,))
     return len(due)
 
@@ -545,12 +562,14 @@ def holds(db: sqlite3.Connection, now: int, after: str, count: int) -> tuple[Hol
 
 def append(db: sqlite3.Connection, now: int, entry_id: str, payload: bytes) -> None:
     db.execute(
-        "INSERT OR IGNORE INTO journal (id, kind, at, lines, payload) VALUES (?, ?, ?, ?, ?)",
-        (entry_id, EntryKind.REFUSED, now, b"[]", payload),
+        # An insert that is ignored would use up a number of the sequence, which the journal's length counts by.
+        "INSERT INTO journal (id, kind, at, lines, payload) SELECT ?, ?, ?, ?, ?"
+        " WHERE NOT EXISTS (SELECT 1 FROM journal WHERE id = ?)",
+        (entry_id, EntryKind.REFUSED, now, b"[]", payload, entry_id),
     )
 
 
-def read_journal(db: sqlite3.Connection, now: int, after: str, count: int) -> tuple[JournalEntry, ...]:
+def read_journal(db: sqlite3.Connection, now: int, after: str, count: int) -> tuple[JournalEntry | Unreadable, ...]:
     rows = db.execute(
         "SELECT seq, id, kind, at, lines, payload, offer, cap FROM journal WHERE seq > ? ORDER BY seq LIMIT ?",
         (int(after or 0), count),
@@ -560,8 +579,12 @@ def read_journal(db: sqlite3.Connection, now: int, after: str, count: int) -> tu
 
 def _entry(
     seq: int, entry_id: str, kind: str, at: int, lines: bytes, payload: bytes, offer: int | None, cap: int | None
-) -> JournalEntry:
-    event = read_event(EntryKind(kind), at, payload, offer=offer, cap=cap)
+) -> JournalEntry | Unreadable:
+    try:
+        event = read_event(EntryKind(kind), at, payload, offer=offer, cap=cap)
+    except (msgspec.MsgspecError, LookupError, TypeError) as error:  # written by another version, or damaged
+        reason = f"{type(error).__name__}: {error}"
+        return Unreadable(entry_id, EntryKind(kind), at, _lines(lines), payload, reason, position=str(seq))
     return JournalEntry(entry_id, EntryKind(kind), at, _lines(lines), event, position=str(seq))
 
 
