@@ -12,8 +12,10 @@ Rule 3: whatever becomes a header value passes `header_value` first: ids and nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -64,7 +66,7 @@ class HttpRequest:
 
     def header_values(self, name: bytes) -> tuple[bytes, ...]:
         """All values of a header, in the order they came."""
-        return tuple(value for candidate, value in self.headers if candidate == name)
+        return tuple([value for candidate, value in self.headers if candidate == name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +372,7 @@ _UNIT_PARAMETERS = {
 }
 
 
+@lru_cache(maxsize=1024)  # the names are those of the limits: few, and the same at every response
 def _structured_string(text: str) -> str:
     printable = header_value(text).decode("ascii").replace("\\", "\\\\").replace('"', '\\"')
     return f'"{printable}"'
@@ -389,10 +392,13 @@ def header_value(text: str) -> bytes:
     So no line break can end the header, no server stumbles over a byte it does not know, and two different
     texts never look the same.
     """
+    if _PLAIN.fullmatch(text):
+        return text.encode("ascii")
     return quote(text, safe=_PRINTABLE, errors="surrogatepass").encode("ascii")
 
 
 _PRINTABLE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
+_PLAIN = re.compile(r"[!-$&-~]*")
 
 
 def rfc3339(at_ms: int) -> str:

@@ -299,9 +299,10 @@ class Identifier:
     # ------------------------------------------------------------ the inquiry
 
     def _inquire(self, request: HttpRequest, *, last_time: bool = False) -> _Inquiry:
-        user = yield from self._first_answer(self._user, request)
-        tenant = yield from self._first_answer(self._tenant, request)
-        tier = yield from self._first_answer(self._tier, request)
+        facts = _Facts(request)
+        user = yield from self._first_answer(self._user, facts)
+        tenant = yield from self._first_answer(self._tenant, facts)
+        tier = yield from self._first_answer(self._tier, facts)
         known = Principal(user, tenant, tier)
         waiting = None if last_time else self._waiting_for(known)
         if waiting is not None:
@@ -310,14 +311,12 @@ class Identifier:
             return known
         return self._anonymous(known, request)
 
-    def _first_answer(
-        self, sources: tuple[Source, ...], request: HttpRequest
-    ) -> Generator[_Question, object, str | None]:
+    def _first_answer(self, sources: tuple[Source, ...], facts: _Facts) -> Generator[_Question, object, str | None]:
         for source in sources:
             if source.kind == "callable":
-                answer = yield source, request
+                answer = yield source, facts.request
             else:
-                answer = self._look(source, request)
+                answer = self._look(source, facts)
             if answer is not None:
                 return self._as_id(source, answer)
         return None
@@ -338,39 +337,42 @@ class Identifier:
         ]
         return next((source for sources in missing for source in sources if source.kind in SURROUNDING_KINDS), None)
 
-    def _look(self, source: Source, request: HttpRequest) -> object:
+    def _look(self, source: Source, facts: _Facts) -> object:
         """What one source says, unchecked. None: nothing."""
         if source.kind == "header":
-            return self._header(source, request)
+            return self._header(source, facts)
         if source.kind == "jwt":
-            return self._claim(source, request)
+            return self._claim(source, facts)
         if source.kind == "cookie":
-            return _cookie(source, request)
+            return _cookie(source, facts.request)
+        surroundings = facts.request.surroundings
         try:
-            if source.kind == "scope":
-                return _walk(request.surroundings, source.name)
-            return _walk(request.surroundings.get(source.kind), source.name)
+            return _walk(surroundings if source.kind == "scope" else surroundings.get(source.kind), source.name)
         except Exception as error:  # lazy attributes of the app: a database that is away, an async-only ORM
             self._say_once("identity_source_failed", source=source.text, error=type(error).__name__)
             return None
 
-    def _header(self, source: Source, request: HttpRequest) -> object:
-        values = request.header_values(source.name.encode())
-        if not values or not self.trusted(request):
+    def _header(self, source: Source, facts: _Facts) -> object:
+        values = facts.request.header_values(source.name.encode())
+        if not values:
+            return None
+        if facts.trusted is None:
+            facts.trusted = self.trusted(facts.request)
+        if not facts.trusted:
             return None
         if len(set(values)) > 1:
             raise IdentityError(f"{source.text}: the header is there more than once, with different values")
         return values[0].strip()
 
-    def _claim(self, source: Source, request: HttpRequest) -> object:
-        if self._bearer is None:
-            return None
-        try:
-            claims = self._bearer.claims(request)
-        except IdentityError as error:
-            told = f"{source.text}: {error}"
-            raise IdentityError(told, retry_after_seconds=error.retry_after_seconds) from None
-        return None if claims is None else _walk(claims, source.name)
+    def _claim(self, source: Source, facts: _Facts) -> object:
+        if self._bearer is not None and not facts.claims_read:
+            try:
+                facts.claims = self._bearer.claims(facts.request)
+            except IdentityError as error:
+                told = f"{source.text}: {error}"
+                raise IdentityError(told, retry_after_seconds=error.retry_after_seconds) from None
+            facts.claims_read = True
+        return None if facts.claims is None else _walk(facts.claims, source.name)
 
     def _as_id(self, source: Source, answer: object) -> str:
         text = _text(source, answer)
@@ -419,6 +421,16 @@ class Identifier:
         if said not in self._said:
             self._said.add(said)
             log.warning(event, **facts)
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What one inquiry has found out already: user, tenant and tier often ask for the same."""
+
+    request: HttpRequest
+    trusted: bool | None = None
+    claims: Mapping[str, Any] | None = None
+    claims_read: bool = False
 
 
 _Question = tuple[Source, HttpRequest]
