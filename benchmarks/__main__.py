@@ -1,0 +1,13 @@
+"""Run every benchmark. The figures are directional: quote the ratios, and say on what they were measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+from benchmarks import middleware
+
+if __name__ == "__main__":
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n")
+    print(middleware.__doc__)
+    middleware.main()
