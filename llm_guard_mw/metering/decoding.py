@@ -117,7 +117,7 @@ def _gzip(start: bytes) -> _Coding:
     return _Zlib(16 + zlib.MAX_WBITS) if start.startswith(GZIP_MAGIC) else _Identity()
 
 
-#: JSON, an event stream, a page: a deflate stream has no signature, but it hardly ever begins like these.
+#: JSON, an event stream, a page. Deflate and br have no signature, but hardly ever begin like these.
 _PLAIN_STARTS = (b'{"', b"{\n", b"{\r", b"{ ", b"[{", b"[\n", b"[\r", b"data", b"even", b"id: ", b": ", b"<!", b"<h")
 
 
@@ -134,15 +134,13 @@ class _Brotli:
 
     def inflate(self, data: bytes) -> Iterator[bytes]:
         piece = self._stream.process(data, output_buffer_limit=PIECE_BYTES)
-        while piece:
+        while piece:  # it may hold more back even when it says that it accepts more
             yield piece
-            if self._stream.can_accept_more_data():
-                return
             piece = self._stream.process(b"", output_buffer_limit=PIECE_BYTES)
 
 
 def _br(start: bytes) -> _Coding:
-    if start[:1] in (b"{", b"["):
+    if start.startswith(_PLAIN_STARTS):
         return _Identity()
     for name in ("brotli", "brotlicffi"):
         module = _installed(name)

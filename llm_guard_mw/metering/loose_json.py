@@ -21,6 +21,7 @@ _USAGE_MEMBER = re.compile(r'"(?:usage|usageMetadata|usage_metadata)"\s*:\s*\{')
 _CLOSERS = re.compile(r"[\s}\]]*\Z")
 _BETWEEN_VALUES = re.compile(r"[\s,\x1e]*")
 _MEMBERS_TRIED = 16
+_DOCS_MAX = 8192
 
 
 def parse(data: bytes) -> Any:
@@ -43,7 +44,7 @@ def parse_each(data: bytes) -> tuple[list[Doc], bool]:
     if in_array:
         at = _after(text, at + 1)
     docs: list[Doc] = []
-    while at < len(text):
+    while at < len(text) and len(docs) < _DOCS_MAX:
         try:
             value, at = _stdlib.raw_decode(text, at)
         except (ValueError, RecursionError):
@@ -51,7 +52,7 @@ def parse_each(data: bytes) -> tuple[list[Doc], bool]:
         if isinstance(value, dict):
             docs.append(value)
         at = _after(text, at)
-    return docs, bool(docs) and not in_array
+    return docs, bool(docs) and not in_array and at >= len(text)
 
 
 def _after(text: str, at: int) -> int:

@@ -10,9 +10,9 @@ Rule 3. The usage stands at the start or at the end of every format that is read
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Final
 
 from llm_guard_mw.metering import sse
@@ -24,11 +24,10 @@ from llm_guard_mw.model import Reading, Usage
 HEAD_BYTES: Final = 1024 * 1024
 TAIL_BYTES: Final = 128 * 1024
 
-#: Of the events that may tell something, so many are parsed: the first (Anthropic's start), and the last.
-_FIRST_EVENTS = 4
-_LAST_EVENTS = 12
-#: The protocol's end mark is among the last events; a gateway may add one of its own.
-_CLOSING_EVENTS = 3
+#: So many documents of a stream are read at first: Anthropic's start is there, every format's usage and end mark,
+#: and what a gateway may have put around them. If they leave the usage open, all are read.
+_FIRST_DOCS = 3
+_LAST_DOCS = 4
 
 _PROVIDERS = {"gemini": "google"}
 _BINARY = re.compile(r"(?:image|audio|video|font)/|application/(?:pdf|zip|gzip|x-tar|octet-stream|vnd\.)", re.I)
@@ -143,16 +142,16 @@ class Meter:
         return reading if tail is None else replace(reading, ended=False)
 
     def _judge(self, answer: _Answer) -> Reading:
-        dialect = _dialect_of(self._api, answer.docs)
+        dialect = _dialect_of(self._api, answer)
         if dialect is None:
             text = answer.own_text() if self._status < 400 else None
             return Reading(ended=answer.closed, text=text, broken=self._broken)
-        notes = Notes(provider=self._provider, model=self._request_model)
-        for doc in answer.docs:
-            dialect.note(doc, notes)
+        notes = self._notes_of(dialect, answer.docs)
+        if answer.all_docs is not None and not notes.usage_final:
+            notes = self._notes_of(dialect, answer.every_doc())
         ended = (notes.ended or answer.closed) and not notes.pending
         usage = dialect.usage(notes.usage, notes) if notes.usage is not None else None
-        final = usage is not None and (notes.usage_final or ended)
+        final = usage is not None and (notes.usage_final or ended) and not answer.guessed
         if usage is not None and not final:
             usage = replace(usage, exact=False)
         text = None
@@ -168,6 +167,12 @@ class Meter:
             error=notes.error,
             broken=self._broken,
         )
+
+    def _notes_of(self, dialect: Dialect, docs: Iterable[Doc]) -> Notes:
+        notes = Notes(provider=self._provider, model=self._request_model)
+        for doc in docs:
+            dialect.note(doc, notes)
+        return notes
 
     def _plain_text(self, head: bytes, tail: bytes | None) -> str | None:
         if self._broken is not None or self._status >= 400:
@@ -257,92 +262,102 @@ def _ignore(chunk: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """The documents of an answer that may tell something, and how to come by all of them."""
+    """The documents of an answer that most likely tell everything, and how to come by all of them."""
 
-    docs: list[Doc]
-    closed: bool  # the framing's own end was seen: the last bracket, or `[DONE]`
-    lossy: bool  # bytes between the first and the last were not kept
-    every_doc: Callable[[], Iterator[Doc]]
     own_text: Callable[[], str | None]  # what to count if this is no provider's format
+    docs: list[Doc] = field(default_factory=list)
+    all_docs: Callable[[], Iterator[Doc]] | None = None  # None: `docs` are all
+    closed: bool = False  # the framing's own end was seen: the last bracket, or `[DONE]`
+    lossy: bool = False  # bytes between the first and the last were not kept
+    partial: bool = False  # some of the documents are only the last members of one
+    guessed: bool = False  # the usage stood in front of a cut: its level within the document cannot be told
+
+    def every_doc(self) -> Iterator[Doc]:
+        return iter(self.docs) if self.all_docs is None else self.all_docs()
 
 
 def _read_json(head: bytes, tail: bytes | None) -> _Answer:
+    answer = _Answer(own_text=lambda: _text_or_none(head + (tail or b""), ""), lossy=tail is not None)
     whole = parse(head) if tail is None else None
-    docs: list[Doc]
     if isinstance(whole, dict):
-        docs, closed = [whole], True
-    elif isinstance(whole, list):
-        docs, closed = [doc for doc in whole if isinstance(doc, dict)], True
-    else:
-        docs, closed = _read_broken_json(head, tail)
-    return _Answer(
-        docs=docs,
-        closed=closed,
-        lossy=tail is not None,
-        every_doc=lambda: iter(docs),
-        own_text=lambda: _text_or_none(head + (tail or b""), ""),
-    )
-
-
-def _read_broken_json(head: bytes, tail: bytes | None) -> tuple[list[Doc], bool]:
-    """Of a body that is too large, cut off, several values in a row, or not quite JSON: what can be read of it."""
+        return replace(answer, docs=[whole], closed=True)
+    if isinstance(whole, list):
+        return replace(answer, docs=[doc for doc in whole if isinstance(doc, dict)], closed=True)
+    # Too large, cut off, several values in a row, or not quite JSON: what can be read of it?
     docs, closed = parse_each(head) if tail is None else ([], False)
     if closed:
-        return docs, True
+        return replace(answer, docs=docs, closed=True)
     end = (head if tail is None else tail)[-TAIL_BYTES:]
     last = read_end(end)
     if last is not None:
-        return [*docs, last], True
-    if not docs:
+        return replace(answer, docs=[*docs, last], closed=True, partial=True)
+    if not docs and not end.rstrip().endswith((b"}", b"]")):
         last = read_cut(end)
-    return ([*docs, last] if last is not None else docs), False
+        if last is not None:
+            return replace(answer, docs=[last], partial=True, guessed=True)
+    return replace(answer, docs=docs)
 
 
 def _read_events(head: bytes, tail: bytes | None) -> _Answer:
-    events = sse.split(head) + (sse.split(tail) if tail is not None else [])
-    telling = [at for at, event in enumerate(events) if b'"usage' in event or b'"error"' in event]
-    first, closing = _ends(events)
-    chosen = sorted({*first, *telling[:_FIRST_EVENTS], *telling[-_LAST_EVENTS:], *closing})
-    docs = [doc for at in chosen for doc in _documents(sse.payload(events[at]), last=at == chosen[-1])]
-    done = any(sse.payload(events[at]).strip() == b"[DONE]" for at in closing)
+    head = sse.normal(head)
+    end = head if tail is None else sse.normal(tail)
+    first, behind = _opening(head)
+    last, more = _closing(end, behind if tail is None else 0)
+    # The first event of the tail has lost its start. If it was a large one, it may be the one that counts.
+    cut = None if tail is None else read_end(end.partition(b"\n\n")[0])
+    between = [] if cut is None else [cut]
+    pieces = (head,) if tail is None else (head, end)
+
+    def all_docs() -> Iterator[Doc]:
+        return chain(_documents(_data_of(head)), between, _documents(_data_of(*pieces[1:])))
+
     return _Answer(
-        docs=docs,
-        closed=done,
+        docs=[*_documents(first), *between, *_documents(last)],
+        all_docs=all_docs if more or tail is not None else None,
+        partial=cut is not None,
+        closed=any(_is_done(data) for data in first + last),
         lossy=tail is not None,
-        every_doc=lambda: (doc for event in events for doc in _documents(sse.payload(event), last=False)),
-        own_text=lambda: _join_text(events),
+        own_text=lambda: _join_text(_data_of(*pieces)),
     )
 
 
-def _ends(events: list[bytes]) -> tuple[list[int], list[int]]:
-    """Where the first event with data stands, and where the last few do."""
-    spoken = (at for at in range(len(events)) if sse.payload(events[at]))
-    from_behind = (at for at in range(len(events) - 1, -1, -1) if sse.payload(events[at]))
-    return list(islice(spoken, 1)), list(islice(from_behind, _CLOSING_EVENTS))
+def _is_done(data: bytes) -> bool:
+    return data[-16:].rpartition(b"\n")[2].strip() == b"[DONE]"
 
 
-def _documents(data: bytes, *, last: bool) -> Iterator[Doc]:
-    """The object in an event's data. Some servers leave out the empty lines: then there is one on each line."""
-    if b"{" not in data:
-        return
-    doc = parse(data)
-    if isinstance(doc, dict):
-        yield doc
-    elif doc is None and b"\n" in data:
-        for line in data.split(b"\n"):
-            doc = parse(line)
-            if isinstance(doc, dict):
-                yield doc
-    elif doc is None and last:
-        end = read_end(data[-TAIL_BYTES:])  # a last event of which the start was lost
-        if end is not None:
-            yield end
+def _opening(data: bytes) -> tuple[list[bytes], int]:
+    """What the first events say, and the position behind them."""
+    found = list(islice(sse.forward(data), _FIRST_DOCS))
+    return [said for said, _ in found], found[-1][1] if found else len(data)
 
 
-def _dialect_of(api: str | None, docs: list[Doc]) -> Dialect | None:
+def _closing(data: bytes, start: int) -> tuple[list[bytes], bool]:
+    """What the last events behind `start` say, in order, and whether there are more before them."""
+    found = list(islice(sse.backward(data, start), _LAST_DOCS))
+    return [said for said, _ in reversed(found) if said], bool(found) and found[-1][1] > start
+
+
+def _data_of(*pieces: bytes) -> Iterator[bytes]:
+    return (said for piece in pieces for said, _ in sse.forward(piece))
+
+
+def _documents(events: Iterable[bytes]) -> Iterator[Doc]:
+    """The objects in what events say. Some servers leave out the empty lines: then there is one on each line."""
+    for data in events:
+        if b"{" not in data:
+            continue
+        doc = parse(data)
+        if isinstance(doc, dict):
+            yield doc
+        elif doc is None and b"\n" in data:
+            yield from (doc for doc in map(parse, data.split(b"\n")) if isinstance(doc, dict))
+
+
+def _dialect_of(api: str | None, answer: _Answer) -> Dialect | None:
     """The named format if it fits, else the first that recognises what came."""
     named = DIALECTS.get(api or "")
-    if named is not None and any(named.recognises(doc) for doc in docs):
+    docs = answer.docs[:_FIRST_DOCS] + answer.docs[-_LAST_DOCS:]
+    if named is not None and (answer.partial or any(named.recognises(doc) for doc in docs)):
         return named
     for doc in docs:
         for dialect in DIALECTS.values():
@@ -366,9 +381,8 @@ def _text_or_none(body: bytes, content_type: str) -> str | None:
         return None
 
 
-def _join_text(events: list[bytes]) -> str | None:
-    data = [sse.payload(event) for event in events]
-    return "".join(piece.decode("utf-8", "replace") for piece in data if piece.strip() != b"[DONE]")
+def _join_text(data: Iterable[bytes]) -> str:
+    return "".join(said.removesuffix(b"[DONE]").decode("utf-8", "replace") for said in data)
 
 
 def _header(headers: Mapping[str, str] | None, name: str) -> str | None:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 
 _FIRST_FIELD = re.compile(rb"(?:data|event|id|retry)?:")
+_FEEDS = re.compile(rb"\n*")
+_LOOKED_AT_MAX = 512
 
 
 def looks_like_events(data: bytes) -> bool:
@@ -19,18 +21,53 @@ def looks_like_events(data: bytes) -> bool:
     return _FIRST_FIELD.match(data) is not None
 
 
-def split(data: bytes) -> list[bytes]:
-    """The events as they stand, each with all its fields. `payload` reads one."""
+def normal(data: bytes) -> bytes:
+    """The same lines, each ended by a line feed. The functions below want them so."""
     if b"\r" in data:
-        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return data.split(b"\n\n")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return data
 
 
-def payload(event: bytes) -> bytes:
-    """The event's data, b"" if it has none (a comment, a bare `event:` line)."""
+def forward(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """The data of each event that has any, first to last, and the position behind the event."""
+    at = 0
+    while at < len(data):
+        end = data.find(b"\n\n", at)
+        end = len(data) if end < 0 else end
+        said = _data(data[at:end])
+        at = _after_feeds(data, end + 2)
+        if said:
+            yield said, at
+
+
+def backward(data: bytes, start: int) -> Iterator[tuple[bytes, int]]:
+    """The data of the events behind position `start`, last to first, and the position where each begins.
+
+    It gives up where many say nothing, and says so with an empty one: `forward` passes over those faster.
+    """
+    end = len(data)
+    for _ in range(_LOOKED_AT_MAX):
+        if end <= start:
+            return
+        gap = data.rfind(b"\n\n", start, end)
+        at = start if gap < 0 else gap + 2
+        said = _data(data[at:end])
+        end = start if gap < 0 else gap
+        if said:
+            yield said, at
+    yield b"", end
+
+
+def _after_feeds(data: bytes, at: int) -> int:
+    match = _FEEDS.match(data, at)
+    return match.end() if match else at
+
+
+def _data(event: bytes) -> bytes:
+    """What an event says; b"" if nothing (a comment, a bare `event:` line)."""
     if event.startswith(b"data:") and b"\n" not in event:
         return event[6:] if event.startswith(b"data: ") else event[5:]
-    return b"\n".join(_data_lines(event))
+    return b"\n".join(_data_lines(event)) if b"data:" in event else b""
 
 
 def _data_lines(event: bytes) -> Iterator[bytes]:
