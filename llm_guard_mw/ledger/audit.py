@@ -35,7 +35,7 @@ from llm_guard_mw.ledger.database import Database, chunks
 from llm_guard_mw.ledger.drain import DAILY, DEAD, EVENTS, LEASE_MS, TOTALS, Lease, drain, lease
 from llm_guard_mw.ledger.queries import PRUNED_BEFORE, PRUNED_BEFORE_DAY
 from llm_guard_mw.ledger.rows import CLOSING, COUNTS, SUMS, TOTALLED, UNCOUNTED, RowKey, TotalKey, decode_lines
-from llm_guard_mw.model import EntryKind, Kind, Line, Unit
+from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Unit
 from llm_guard_mw.stores.protocol import GRACE_MS, BalanceState, HoldState, Store, Unreadable
 
 T = TypeVar("T")
@@ -176,9 +176,12 @@ def _check_store(books: Database, store: Store, keep: Callable[[], None], report
 
 def _pages(read: Callable[[str, int], Sequence[T]], name: Callable[[T], str], keep: Callable[[], None]) -> Iterator[T]:
     after = ""
-    while page := read(after, _PAGE):
+    while True:
+        page = read(after, _PAGE)
         keep()
         yield from page
+        if len(page) < _PAGE:  # one more would run after what live processes add meanwhile
+            return
         after = name(page[-1])
 
 
@@ -211,8 +214,7 @@ def _under_way(books: Database, store: Store, holds: Sequence[HoldState], keep: 
 
 def _waiting_lines(books: Database, store: Store, keep: Callable[[], None]) -> Iterator[Line]:
     """The lines of the entries that are not in the books: those may still be in the journal after their commit."""
-    after = ""
-    while page := store.read_journal(after, _PAGE):
+    for page in _journal_pages(store):
         keep()
         with books.reading() as connection:
             rows = _keys_known(connection, [e.event.call_id for e in page if not isinstance(e, Unreadable)])
@@ -226,6 +228,14 @@ def _waiting_lines(books: Database, store: Store, keep: Callable[[], None]) -> I
             event = entry.event
             if (event.call_id, event.attempt, entry.kind, event.price_version) not in rows:
                 yield from entry.lines
+
+
+def _journal_pages(store: Store) -> Iterator[Sequence[JournalEntry | Unreadable]]:
+    after = ""
+    while page := store.read_journal(after, _PAGE):
+        yield page
+        if len(page) < _PAGE:
+            return
         after = page[-1].position
 
 

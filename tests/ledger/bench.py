@@ -16,7 +16,7 @@ from llm_guard_mw.model import Demand, EntryKind, UsageEvent
 from llm_guard_mw.stores.journal import encode_event
 from llm_guard_mw.stores.protocol import Granted, Moved, Settlement, Store
 from llm_guard_mw.stores.sqlite import SQLiteStore
-from tests.model.world import NOON, Clock, concurrent, dollars, offer, requests_a_day, tokens, wish
+from tests.model.world import NOON, Clock, concurrent, dollars, offer, released, requests_a_day, tokens, wish
 
 DAY_BUDGET = "user=alice|calendar:usd:day:0:UTC:all"
 DAY_REQUESTS = "user=alice|calendar:requests:day:0:UTC:all"
@@ -73,12 +73,21 @@ class Bench:
         assert drained == 0
         return total
 
+    def drain_once(self) -> None:
+        assert self.ledger.drain(self.store)
+
     def rows(self, table: str) -> list[dict[str, Any]]:
         return rows(self.ledger, METADATA.tables[table])
 
     def close(self) -> None:
         self.ledger.close()
         self.store.close()
+
+
+def released_one(bench: Bench, exchange: str) -> None:
+    """An exchange whose bytes never left."""
+    exchange, granted = bench.hold(exchange)
+    bench.store.settle(released(exchange, granted))
 
 
 def new_bench(path: Path, ledger_url: str, timezone: str = "UTC") -> Bench:

@@ -13,7 +13,7 @@ from llm_guard_mw.ledger.drain import LEASE_MS, lease
 from llm_guard_mw.ledger.rows import EVENT_FIELDS
 from llm_guard_mw.model import Basis, UsageEvent
 from llm_guard_mw.stores.sqlite import SQLiteStore
-from tests.ledger.bench import DAY_BUDGET, DAY_REQUESTS, Bench, event
+from tests.ledger.bench import DAY_BUDGET, DAY_REQUESTS, Bench, event, released_one
 from tests.model.world import DAY, LEASE, NOON, Clock, day_start
 
 
@@ -97,10 +97,7 @@ def test_an_abandoned_exchange_and_its_correction_add_up_to_the_truth(bench: Ben
 
 
 def test_a_released_exchange_has_a_row_and_no_rollup(bench: Bench) -> None:
-    from tests.model.world import released
-
-    exchange, granted = bench.hold("c1/0")
-    bench.store.settle(released(exchange, granted))
+    released_one(bench, "c1/0")
 
     bench.drain()
 
@@ -117,9 +114,10 @@ def test_a_drain_that_died_before_the_trim_changes_nothing_when_repeated(
     def killed(self: SQLiteStore, upto: str) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(SQLiteStore, "trim_journal", killed)
-        bench.drain()
+        with pytest.raises(KeyboardInterrupt):
+            bench.drain()
     before = {table: bench.rows(table) for table in ("usage_events", "daily_usage", "window_totals")}
     assert bench.store.journal_length() == 3
 
