@@ -99,6 +99,7 @@ class StandIn:
 
     def __init__(self, knobs: Knobs = Knobs()) -> None:
         self.rows: deque[Row] = deque(maxlen=_ROWS_MAX)
+        self.arrived = 0  # requests whose body is here, answered or not
         self._knobs = knobs
         self._seen: set[tuple[str, int]] = set()
         self._failed: Counter[str] = Counter()
@@ -110,6 +111,7 @@ class StandIn:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         body = await _read(receive)
+        self.arrived += 1
         path, method = scope["path"], scope["method"]
         wire, model = _wire(path)
         async with _Answer(receive, send, headers) as answer:
