@@ -68,21 +68,19 @@ def drain(books: Database, zone: ZoneInfo, store: Store, most: int) -> int | Non
         entries = store.read_journal("", most)
         if not entries:
             return 0
-        if not _commit(books, zone, held, entries):
+        if not _commit(books, held, _sort(entries, zone, held.epoch), entries[-1].position):
             return None
         store.trim_journal(entries[-1].position)
     return len(entries)
 
 
-def _commit(books: Database, zone: ZoneInfo, held: Lease, entries: Sequence[JournalEntry | Unreadable]) -> bool:
+def _commit(books: Database, held: Lease, batch: _Batch, position: str) -> bool:
     with books.writing() as connection:
         # The first statement locks the watermark's row; whoever lost the lease meanwhile writes nothing.
-        moved = connection.execute(
-            update(MARKS).where(held.is_ours()).values(position=entries[-1].position, held_until=_later())
-        )
+        moved = connection.execute(update(MARKS).where(held.is_ours()).values(position=position, held_until=_later()))
         if moved.rowcount != 1:
             return False
-        _take_down(books, connection, zone, held.epoch, entries)
+        _take_down(books, connection, held.epoch, batch)
     return True
 
 
@@ -168,20 +166,26 @@ def _later() -> int:
 
 @dataclass(slots=True)
 class _Batch:
-    """Entries sorted by what can become of them."""
+    """Entries sorted by what can become of them, before anything is locked."""
 
     rows: list[tuple[JournalEntry, Row]] = field(default_factory=list)
     dead: list[Row] = field(default_factory=list)
 
 
-def _take_down(
-    books: Database,
-    connection: Connection,
-    zone: ZoneInfo,
-    epoch: str,
-    entries: Sequence[JournalEntry | Unreadable],
-) -> None:
-    batch = _sort(entries, zone, epoch)
+def _sort(entries: Sequence[JournalEntry | Unreadable], zone: ZoneInfo, epoch: str) -> _Batch:
+    batch = _Batch()
+    for entry in entries:
+        if isinstance(entry, Unreadable):
+            batch.dead.append(_dead(entry, epoch, entry.error))
+            continue
+        try:
+            batch.rows.append((entry, row_of(entry, zone)))
+        except POISON as error:
+            batch.dead.append(_dead(entry, epoch, error))
+    return batch
+
+
+def _take_down(books: Database, connection: Connection, epoch: str, batch: _Batch) -> None:
     known, touched = _known(connection, [row["call_id"] for _, row in batch.rows])
     fresh: list[tuple[JournalEntry, Row]] = []
     for entry, row in batch.rows:
@@ -201,19 +205,6 @@ def _take_down(
             except POISON as error:
                 batch.dead.append(_dead(entry, epoch, error))
     _put_aside(books, connection, batch.dead)
-
-
-def _sort(entries: Sequence[JournalEntry | Unreadable], zone: ZoneInfo, epoch: str) -> _Batch:
-    batch = _Batch()
-    for entry in entries:
-        if isinstance(entry, Unreadable):
-            batch.dead.append(_dead(entry, epoch, entry.error))
-            continue
-        try:
-            batch.rows.append((entry, row_of(entry, zone)))
-        except POISON as error:
-            batch.dead.append(_dead(entry, epoch, error))
-    return batch
 
 
 def _known(connection: Connection, call_ids: Sequence[str]) -> tuple[set[RowKey], set[tuple[str, str]]]:
