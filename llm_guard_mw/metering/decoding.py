@@ -9,6 +9,7 @@ Rule 3. A body that is not in the coding it names is taken as it is: some transp
 from __future__ import annotations
 
 import importlib
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ class Decoder:
         self._in_bytes += len(chunk)
         if self._coding is None:
             chunk = self._start + chunk
-            if len(chunk) < len(ZSTD_MAGIC):
+            if len(chunk) < _START_BYTES:
                 self._start = chunk
                 return
             self._start = b""
@@ -54,9 +55,10 @@ class Decoder:
         yield from self._bounded(self._coding, chunk)
 
     def flush(self) -> Iterator[bytes]:
-        """A body too short to be told from its first bytes was never compressed."""
-        yield self._start
-        self._start = b""
+        """What was held back to tell the coding, of a body that is no longer than that."""
+        if self._coding is None and self._start:
+            self._coding = _coding_of(self._encoding, self._start)
+            yield from self._bounded(self._coding, self._start)
 
     def _bounded(self, coding: _Coding, chunk: bytes) -> Iterator[bytes]:
         try:
@@ -117,12 +119,18 @@ def _gzip(start: bytes) -> _Coding:
     return _Zlib(16 + zlib.MAX_WBITS) if start.startswith(GZIP_MAGIC) else _Identity()
 
 
-#: JSON, an event stream, a page. Deflate and br have no signature, but hardly ever begin like these.
-_PLAIN_STARTS = (b'{"', b"{\n", b"{\r", b"{ ", b"[{", b"[\n", b"[\r", b"data", b"even", b"id: ", b": ", b"<!", b"<h")
+#: Deflate and br have no signature, but they hardly ever begin with so much text.
+_START_BYTES = 16
+_PLAIN_START = re.compile(rb"[\t\n\r -~]{1,16}")
+
+
+def _is_plain(start: bytes) -> bool:
+    match = _PLAIN_START.match(start)
+    return match is not None and match.end() == min(len(start), _START_BYTES)
 
 
 def _deflate(start: bytes) -> _Coding:
-    if start.startswith(_PLAIN_STARTS):
+    if _is_plain(start):
         return _Identity()
     wrapped = start[0] & 0x0F == 8 and int.from_bytes(start[:2], "big") % 31 == 0
     return _Zlib(zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS)
@@ -140,7 +148,7 @@ class _Brotli:
 
 
 def _br(start: bytes) -> _Coding:
-    if start.startswith(_PLAIN_STARTS):
+    if _is_plain(start):
         return _Identity()
     for name in ("brotli", "brotlicffi"):
         module = _installed(name)

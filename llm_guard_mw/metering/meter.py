@@ -96,8 +96,11 @@ class Meter:
 
     def _decode(self, chunk: bytes) -> None:
         assert self._decoder is not None  # noqa: S101 - for the type checker: set before this became `_keep`
+        self._take(self._decoder.decode(chunk))
+
+    def _take(self, pieces: Iterator[bytes]) -> None:
         try:
-            for piece in self._decoder.decode(chunk):
+            for piece in pieces:
                 self._kept.add(piece)
         except Undecodable as error:
             self._give_up(str(error))
@@ -109,10 +112,9 @@ class Meter:
     # -- reading
 
     def _read(self) -> Reading:
-        if self._decoder is not None:
-            for piece in self._decoder.flush():
-                self._kept.add(piece)
-        elif self._kept.starts_with(GZIP_MAGIC) and self._broken is None:
+        if self._decoder is not None and self._broken is None:
+            self._take(self._decoder.flush())
+        elif self._broken is None and self._kept.starts_with(GZIP_MAGIC):
             return self._read_undeclared_gzip()
         head, tail = self._kept.pieces()
         if head.startswith(_BOM):
@@ -123,7 +125,9 @@ class Meter:
         elif sse.looks_like_events(head):
             answer = _read_events(head, tail)
         else:
-            return Reading(text=self._plain_text(head, tail), broken=self._broken)
+            text = self._plain_text(head, tail)
+            ended = text is not None and tail is None and self._is_the_apps_own()
+            return Reading(ended=ended, text=text, broken=self._broken)
         return self._judge(answer)
 
     def _read_undeclared_gzip(self) -> Reading:
@@ -145,7 +149,8 @@ class Meter:
         dialect = _dialect_of(self._api, answer)
         if dialect is None:
             text = answer.own_text() if self._status < 400 else None
-            return Reading(ended=answer.closed, text=text, broken=self._broken)
+            ended = answer.closed or (answer.endless and self._is_the_apps_own() and not answer.lossy)
+            return Reading(ended=ended, text=text, broken=self._broken)
         notes = self._notes_of(dialect, answer.docs)
         if answer.all_docs is not None and not notes.usage_final:
             notes = self._notes_of(dialect, answer.every_doc())
@@ -173,6 +178,10 @@ class Meter:
         for doc in docs:
             dialect.note(doc, notes)
         return notes
+
+    def _is_the_apps_own(self) -> bool:
+        """Nobody said that this is a provider's answer: then it ends where its bytes do, as far as a meter can tell."""
+        return self._api not in DIALECTS
 
     def _plain_text(self, head: bytes, tail: bytes | None) -> str | None:
         if self._broken is not None or self._status >= 400:
@@ -268,6 +277,7 @@ class _Answer:
     docs: list[Doc] = field(default_factory=list)
     all_docs: Callable[[], Iterator[Doc]] | None = None  # None: `docs` are all
     closed: bool = False  # the framing's own end was seen: the last bracket, or `[DONE]`
+    endless: bool = False  # of a framing that has no end mark of its own
     lossy: bool = False  # bytes between the first and the last were not kept
     partial: bool = False  # some of the documents are only the last members of one
     guessed: bool = False  # the usage stood in front of a cut: its level within the document cannot be told
@@ -314,6 +324,7 @@ def _read_events(head: bytes, tail: bytes | None) -> _Answer:
     return _Answer(
         docs=[*_documents(first), *between, *_documents(last)],
         all_docs=all_docs if more or tail is not None else None,
+        endless=True,
         partial=cut is not None,
         closed=any(_is_done(data) for data in first + last),
         lossy=tail is not None,

@@ -11,5 +11,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lines = [text for report in reports for name, text in report.user_properties if name == LINE]
     if lines:
         terminalreporter.section("recorded provider exchanges")
-        for text in sorted(lines):
+        for text in sorted(set(lines)):
             terminalreporter.line(str(text))

@@ -1,4 +1,4 @@
-"""The recorded exchanges of real providers, if they lie beside the checkout (`../shared/corpus`) or at LLM_GUARD_CORPUS.
+"""Recorded exchanges of real providers, if they lie beside the checkout (`../shared/corpus`) or at LLM_GUARD_CORPUS.
 
 They are other projects' recordings, so nothing of them is kept here. Which rows differ, and why, is written down in
 docs/explanation/metering.md.

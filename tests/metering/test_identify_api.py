@@ -1,8 +1,10 @@
 """Which API an outgoing request is for: told from method, host and path."""
 
+from pathlib import Path
+
 import pytest
 
-from llm_guard_mw.metering import identify_api
+from llm_guard_mw.metering import identify_api, outgoing
 
 OPENAI = "api.openai.com"
 ANTHROPIC = "api.anthropic.com"
@@ -108,3 +110,13 @@ def test_a_raw_prediction_is_known_by_its_body() -> None:
 
     assert identify_api("POST", VERTEX, path, b'{"anthropic_version":"vertex-2023-10-16"}')[0] == "anthropic.messages"
     assert identify_api("POST", VERTEX, path, b'{"messages":[]}')[0] == "openai.chat"
+
+
+def test_every_name_is_in_the_documented_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "metering.md").read_text()
+    names = {api for _, _, api in outgoing._PATHS}
+    names |= {name.replace("*", family) for _, name in outgoing._SHARED for family in ("openai", "anthropic", "gemini")}
+    # Names that no provider has: only OpenAI takes uploads in pieces, only Google has operations.
+    names -= {"anthropic.uploads", "gemini.uploads", "anthropic.operations", "openai.operations"}
+
+    assert {name for name in names if f"`{name}`" not in page} == set()

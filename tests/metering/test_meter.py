@@ -474,7 +474,7 @@ def test_what_is_no_bytes_breaks_the_meter_and_not_the_caller() -> None:
 def test_a_page_is_counted_from_its_text() -> None:
     reading = read("<p>Größe</p>".encode(), None, content_type="text/html; charset=utf-8")
 
-    assert reading == Reading(text="<p>Größe</p>")
+    assert reading == Reading(text="<p>Größe</p>", ended=True)
 
 
 def test_json_of_no_provider_is_counted_whole() -> None:
@@ -486,7 +486,21 @@ def test_json_of_no_provider_is_counted_whole() -> None:
 def test_a_stream_of_no_provider_is_counted_from_its_data() -> None:
     reading = read(b"data: at \n\ndata: four\n\n", None, content_type="text/event-stream")
 
-    assert reading == Reading(text="at four")
+    assert reading == Reading(text="at four", ended=True)
+
+
+def test_a_page_where_a_providers_answer_was_due_has_not_ended() -> None:
+    reading = read(b"<p>four</p>", "openai.chat", content_type="text/html")
+
+    assert reading == Reading(text="<p>four</p>")
+
+
+def test_a_page_of_which_the_middle_was_lost_has_not_ended() -> None:
+    assert not read(b"x" * 2 * MIB, None, content_type="text/plain").ended
+
+
+def test_json_of_no_provider_that_was_cut_has_not_ended() -> None:
+    assert read(b'{"answer": "at fo', None) == Reading(text='{"answer": "at fo')
 
 
 @pytest.mark.parametrize("content_type", ["image/png", "audio/mpeg", "application/octet-stream", "application/pdf"])
