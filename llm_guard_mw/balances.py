@@ -48,7 +48,6 @@ def _nothing() -> Mapping[str, Any]:
 # ---------------------------------------------------------------- names
 
 
-@lru_cache(maxsize=8192)
 def encode(value: str) -> str:
     """`value` with everything but `[A-Za-z0-9._-]` percent-encoded as UTF-8."""
     # quote() keeps "~" as well. Headers may carry bytes that are no characters: those arrive as lone surrogates.
@@ -96,17 +95,17 @@ class ScopeValues:
 
     def value(self, scope: str) -> str | None:
         """The value of `scope` ("user", "tag:team"), None where there is none."""
-        if scope.startswith("tag:"):
-            return self.tags.get(scope[4:])
-        return cast("str | None", getattr(self, scope))
+        return cast("str | None", getattr(self, scope)) if scope in SCOPES else self.tags.get(scope[4:])
 
     def part(self, scope: str) -> str:
         """One part of a subject: `user=alice`, `tag:team=*none`, `global`."""
-        if scope == "global":
-            return scope
-        name = "tag:" + encode(scope[4:]) if scope.startswith("tag:") else scope
-        value = self.value(scope)
-        return f"{name}=*none" if value is None else f"{name}={encode(value)}"
+        return scope if scope == "global" else _part(scope, self.value(scope))
+
+
+@lru_cache(maxsize=8192)
+def _part(scope: str, value: str | None) -> str:
+    name = "tag:" + encode(scope[4:]) if scope.startswith("tag:") else scope
+    return f"{name}=*none" if value is None else f"{name}={encode(value)}"
 
 
 # ---------------------------------------------------------------- a limit
