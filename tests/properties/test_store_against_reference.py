@@ -417,17 +417,7 @@ def _all_holds(store: Store) -> Sequence[HoldState]:
     return store.holds("", 1000)
 
 
-#: As in tests/contracts/conftest.py: strict xfails, so that the line goes when the store agrees.
-AWAITED = {"sqlite": "the end of a window that was not sent is made up"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(reason=AWAITED[name])] if name in AWAITED else [])
-        for name in sorted(STORES)
-    ],
-)
+@pytest.mark.parametrize("name", sorted(STORES))
 def test_a_store_agrees_with_the_reference_on_every_history(name: str) -> None:
     lives = type(f"TwoLives_{name}", (TwoLives,), {"store_name": name})
 
