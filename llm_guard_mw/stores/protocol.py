@@ -6,6 +6,7 @@ own clock. The rules are those of docs/explanation/accounting.md:
 Rule 1. A reserve takes all lines of one offer, or nothing. A refusal leaves no trace.
 Rule 2. Every hold ends once: settled, released, taken over, or expired. Each ending but the last of those
         leaves a tombstone, so that a repeated message is known and changes nothing.
+        A caller that did not hear of an ending may ask again only while the tombstone stands.
 Rule 3. What moves money also appends the journal entry that says so, in the same step.
 
 Every operation is idempotent by exchange id, so a caller that lost the reply may ask again.
@@ -153,12 +154,15 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class BalanceState:
-    """One balance as it stands. `changes` grows with every movement, so that `verify` can tell a quiet one."""
+    """One balance as it stands; concurrency is not one.
+
+    `changes` grows with every movement, so that `verify` can tell a quiet one.
+    """
 
     balance: str
     kind: Kind
     window_start: int
-    spent: int  # a bucket's `used`, as of its stamp; a concurrency balance's number of calls
+    spent: int  # a bucket's `used`, as of its stamp
     held: int
     changes: int
 

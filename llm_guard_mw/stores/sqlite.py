@@ -268,8 +268,10 @@ class _Engine:
         try:
             return self._transact(group)
         except Exception as error:
-            if len(group) == 1:
-                return [(None, _translated(error, self.path))]
+            # Without the file (locked, vanished, full) nobody has to try alone what all could not do.
+            if len(group) == 1 or isinstance(error, sqlite3.OperationalError):
+                translated = _translated(error, self.path)
+                return [(None, translated)] * len(group)
         return [answer for work in group for answer in self._do([work])]
 
     def _transact(self, group: Sequence[_Work]) -> list[tuple[Any, BaseException | None]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -224,7 +225,7 @@ def _as_of_now(
                 return None
             if balance.window_start < window.start:
                 balance.window_start, balance.spent, balance.held = window.start, 0, 0
-            balance.window_end = next((w.end for w in demand.windows if w.start == balance.window_start), window.end)
+            balance.window_end = next((w.end for w in demand.windows if w.start == balance.window_start), None)
         elif demand.kind is Kind.BUCKET:
             # A booking may have opened it, in ms, before anybody said in which ticks it drains.
             balance.stamp = balance.stamp * balance.tick // demand.tick
@@ -258,9 +259,16 @@ def _attempt(db: sqlite3.Connection, now: int, wish: Reserve) -> Granted | Refus
         cap, short = _fit(offer, balances, freed, offer.cap if wish.force else offer.at_least)
         if not short or wish.force:
             return _grant(db, now, wish, index, offer.cap if wish.force else cap, balances, taken, short)
-        all_standings.append(tuple(balance.standing() for balance in balances))
+        all_standings.append(tuple(_without(balance, freed) for balance in balances))
         all_short.append(short)
     return Refused(tuple(all_standings), tuple(all_short), now)
+
+
+def _without(balance: _Balance, freed: dict[tuple[str, int], int]) -> Standing:
+    """How a balance stands for a taker: as if what it takes over were not held."""
+    standing = balance.standing()
+    own = freed.get((balance.name, balance.window_start), 0)
+    return replace(standing, held=standing.held - own) if own else standing
 
 
 def _fit(
@@ -376,6 +384,8 @@ def settle(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled:
 
 def _settle_abandoned(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled:
     """The hold was booked when its lease ran out; its owner, late, says what it really was."""
+    if settlement.kind is EntryKind.RELEASE and not settlement.moved:
+        return Settled.AGAIN  # it does not know what was held, so it cannot say what to give back
     if now > settlement.lease_end + LATE_SETTLE_MS:
         return Settled.TOO_LATE
     deltas = []

@@ -140,7 +140,7 @@ class ReferenceStore:
             cap = self._largest_cap(wish, offer, seen)
             if cap is not None:
                 return self._grant(now, wish, index, cap, seen, ())
-            standings.append(tuple(balance.standing() for balance in seen))
+            standings.append(tuple(self._without_taken(wish, d, b) for d, b in zip(offer.demands, seen, strict=True)))
             shorts.append(self._short(wish, offer, min(offer.at_least, offer.cap), seen))
         return Refused(tuple(standings), tuple(shorts), now)
 
@@ -193,13 +193,17 @@ class ReferenceStore:
 
     def _room(self, wish: Reserve, demand: Demand, balance: Balance) -> int:
         """What the demand may claim, as if the exchange it takes from held nothing."""
+        standing = self._without_taken(wish, demand, balance)
+        return demand.ceiling - standing.spent - standing.held
+
+    def _without_taken(self, wish: Reserve, demand: Demand, balance: Balance) -> Standing:
         taken = self._holds.get(wish.takes or "")
         freed = sum(
             line.amount
             for line in (taken.lines if taken else ())
             if not line.spent and (line.balance, line.window_start) == (demand.balance, balance.window_start)
         )
-        return demand.ceiling - balance.spent - (balance.held - freed)
+        return replace(balance.standing(), held=balance.held - freed)
 
     def _grant(
         self, now: int, wish: Reserve, index: int, cap: int, seen: Sequence[Balance], short: tuple[int, ...]
@@ -261,6 +265,8 @@ class ReferenceStore:
 
         if tombstone is not None:
             if tombstone.ending != "abandoned":
+                return Settled.AGAIN
+            if kind is EntryKind.RELEASE and not settlement.moved:
                 return Settled.AGAIN
             if too_late:
                 return Settled.TOO_LATE
