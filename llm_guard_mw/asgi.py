@@ -1,0 +1,342 @@
+"""The ASGI door: `app.add_middleware(GuardMiddleware, config="llm_guard.toml")`.
+
+Pure ASGI, so that streams, background tasks and disconnects pass as they are. Each request to a guarded route
+goes through one `_Passage`; everything else (websockets, lifespan, OPTIONS, routes without a rule) is handed on
+untouched.
+
+Rule 1. `http.response.start` is held until the first body bytes or the end, so that a refusal inside a lazy
+        stream can still be a 429.
+Rule 2. A call closes when the app callable returns, after its background tasks. Cancelling the request does
+        not cancel the closing.
+Rule 3. An error of ours before the grant follows `on_store_failure`; after it, it is logged and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from llm_guard_mw.call import Call, enter, leave
+from llm_guard_mw.desk import DoorEnding
+from llm_guard_mw.errors import GuardError, IdentityError, LimitExceeded, StoreUnavailable
+from llm_guard_mw.guard import AsyncGuard
+from llm_guard_mw.http import (
+    Answer,
+    Headers,
+    HttpRequest,
+    Quota,
+    guard_headers,
+    identity_answer,
+    ratelimit_headers,
+    refusal_answer,
+    strip,
+    unavailable_answer,
+)
+from llm_guard_mw.logs import log
+from llm_guard_mw.metering import Meter
+from llm_guard_mw.model import Kind, Reading, Refusal
+from llm_guard_mw.policy import Route
+from llm_guard_mw.process import ConfigLike, Installation, install
+
+# The ASGI vocabulary: https://asgi.readthedocs.io/en/latest/specs/main.html
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+#: Statuses that an app gives when its own SDK call failed: behind them our refusal may stand.
+_FAILED = 500
+
+
+class GuardMiddleware:
+    """Guards the routes that the configuration names.
+
+    app.add_middleware(GuardMiddleware, config="llm_guard.toml")
+
+    `config` is a path, or what `load_config` gives. Outermost is best, but inside of CORS: a browser shows its
+    script a refusal only with CORS headers on it.
+    """
+
+    def __init__(self, app: ASGIApp, config: ConfigLike | None = None) -> None:
+        self.app = app
+        self.installation = install(config)
+        self.guard = AsyncGuard(self.installation.desk)
+        _warn_about_neighbours(app, self.installation)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        route = self.installation.config.policy.route(scope["method"], _path_below_root(scope))
+        if route is None:
+            await self._pass_by(scope, receive, send)
+            return
+        self.installation.keeper.start()
+        await _Passage(self.app, self.guard, self.installation, route)(scope, receive, send)
+
+    async def _pass_by(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Not guarded; but what a stranger says about identity is believed nowhere behind us."""
+        request = _http_request(scope, b"", complete=True)
+        unbelieved = self.installation.desk.identifier.headers_to_strip(request)
+        await self.app(_without(scope, unbelieved), receive, send)
+
+
+class _Passage:
+    """One request on its way through."""
+
+    def __init__(self, app: ASGIApp, guard: AsyncGuard, installation: Installation, route: Route) -> None:
+        self.app = app
+        self.guard = guard
+        self.installation = installation
+        self.route = route
+        self.call: Call | None = None
+        self.meter: Meter | None = None
+        self.held_start: Message | None = None
+        self.started = False  # http.response.start has gone out
+        self.ended = False  # ... and so has the last of the body
+        self.status: int | None = None
+        self.replaced = False  # the app's answer was replaced by our refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = _Body(receive, self.installation.config.policy.inspect_bytes)
+        await body.peek()
+        request = _http_request(scope, b"".join(body.chunks), complete=body.complete)
+        answer = await self._open(request)
+        if answer is not None:
+            await _send_answer(send, answer)
+            return
+        call = self.call
+        assert call is not None  # noqa: S101 - _open gives an answer or a call
+        scope = _without(scope, self.installation.desk.identifier.headers_to_strip(request))
+        # The scope is shared, not copied, from here on: late identity reads what the app writes into it.
+        call.request = _http_request(scope, request.body, complete=request.body_complete)
+        token = enter(call)
+        self.downstream = send
+        try:
+            await self._run(scope, body.receive, call)
+        finally:
+            leave(token)
+            await _to_its_end(self.guard.close(call, self._ending()))
+
+    async def _open(self, request: HttpRequest) -> Answer | None:
+        """Open the call; an Answer when the request goes no further."""
+        api = self.route.api
+        try:
+            outcome = await self.guard.open(request, self.route)
+        except IdentityError as error:
+            return identity_answer(error, api=api)
+        except StoreUnavailable as error:
+            log.warning("store_away", step="reserve", reason=str(error))
+            return unavailable_answer(error, api=api)
+        if isinstance(outcome, Refusal):
+            return refusal_answer(outcome)
+        self.call = outcome
+        return None
+
+    async def _run(self, scope: Scope, receive: Receive, call: Call) -> None:
+        try:
+            await self.app(scope, receive, self._send)
+        except LimitExceeded as error:
+            if self.started:
+                raise
+            await self._replace(error.refusal)
+        except Exception:
+            # Whatever the app made of a refused SDK call, its caller should hear of the refusal.
+            if self.started or call.refusal is None:
+                raise
+            await self._replace(call.refusal)
+        else:
+            if self.held_start is not None and not self.replaced:
+                await self._send_start()
+
+    async def _send(self, message: Message) -> None:
+        if self.replaced:
+            return
+        kind = message["type"]
+        if kind == "http.response.start":
+            self.held_start = message
+            self.status = message["status"]
+            refusal = self.call.refusal if self.call is not None else None
+            if refusal is not None and self.status == _FAILED:
+                await self._replace(refusal)
+            return
+        if kind == "http.response.body":
+            if self.held_start is not None:
+                if not message.get("body") and message.get("more_body"):
+                    return  # nothing to show yet: the answer may still become a refusal
+                await self._send_start()
+            if self.meter is not None:
+                self.meter.feed(message.get("body", b""))
+            if not message.get("more_body"):
+                self.ended = True
+        elif kind == "http.response.pathsend":
+            self.ended = True
+        if self.held_start is not None and kind != "http.response.debug":
+            await self._send_start()
+        await self.downstream(message)
+
+    async def _send_start(self) -> None:
+        start, self.held_start = self.held_start, None
+        assert start is not None  # noqa: S101 - only called while it is held
+        assert self.call is not None  # noqa: S101 - no answer runs without a call
+        headers = tuple((bytes(name).lower(), bytes(value)) for name, value in start.get("headers", ()))
+        if self.call.captures == 0:
+            self.meter = _meter_for(self.route, start["status"], headers)
+        self.started = True
+        await self.downstream({**start, "headers": [*start.get("headers", ()), *_our_headers(self.call)]})
+
+    async def _replace(self, refusal: Refusal) -> None:
+        """Send our refusal instead of what the app made of it."""
+        self.replaced, self.held_start = True, None
+        self.started = self.ended = True
+        if self.call is not None:
+            self.call.decision = "reject"
+        # The route's own callers get the route's shape, whichever provider the app was talking to.
+        answer = refusal_answer(dataclasses.replace(refusal, api=self.route.api))
+        self.status = answer.status
+        await _send_answer(self.downstream, answer)
+
+    def _ending(self) -> DoorEnding:
+        reading: Reading | None = self.meter.finish() if self.meter is not None else None
+        return DoorEnding(status=self.status if self.started else None, whole=self.ended, reading=reading)
+
+
+# ---------------------------------------------------------------- the request
+
+
+class _Body:
+    """The request's body: read ahead as far as it is inspected, then given to the app as it came."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive = receive
+        self._most = most
+        self._messages: list[Message] = []
+        self.chunks: list[bytes] = []
+        self.complete = False
+
+    async def peek(self) -> None:
+        size = 0
+        while not self.complete and size < self._most:
+            message = await self._receive()
+            self._messages.append(message)
+            if message["type"] != "http.request":
+                return
+            chunk = message.get("body", b"")
+            self.chunks.append(chunk)
+            size += len(chunk)
+            self.complete = not message.get("more_body", False)
+
+    async def receive(self) -> Message:
+        return self._messages.pop(0) if self._messages else await self._receive()
+
+
+def _path_below_root(scope: Scope) -> str:
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and (path == root or path.startswith(root + "/")):
+        return path[len(root) :] or "/"
+    return path
+
+
+def _http_request(scope: Scope, body: bytes, *, complete: bool) -> HttpRequest:
+    client = scope.get("client")
+    return HttpRequest(
+        method=scope["method"],
+        path=_path_below_root(scope),
+        query=scope.get("query_string", b""),
+        headers=tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),
+        peer=(client[0], client[1]) if client else None,
+        body=body,
+        body_complete=complete,
+        surroundings=scope,
+    )
+
+
+def _without(scope: Scope, names: frozenset[bytes]) -> Scope:
+    """The scope without headers that the app must not believe. The app may write into it as into its own."""
+    if names and any(name in names for name, _ in scope["headers"]):
+        scope["headers"] = list(strip(scope["headers"], names))
+    return scope
+
+
+# ---------------------------------------------------------------- the answer
+
+
+def _meter_for(route: Route, status: int, headers: Headers) -> Meter | None:
+    """A meter on the route's own answer; what captures and `record` say comes before what it reads."""
+    if route.usage == "captured":
+        return None
+    named = dict(headers)
+    return Meter(
+        route.api,
+        content_type=_text(named.get(b"content-type")),
+        content_encoding=_text(named.get(b"content-encoding")),
+        status=status,
+    )
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
+
+
+def _our_headers(call: Call) -> Headers:
+    headers = guard_headers(call_id=call.id, decision=call.decision, cost_nanos=call.cost_nanos)
+    return headers + ratelimit_headers(_quotas(call))
+
+
+def _quotas(call: Call) -> Iterable[Quota]:
+    now = time.time_ns() // 1_000_000
+    for limit, standing in call.standings.values():
+        ceiling = limit.ceiling()
+        window = reset = None
+        if limit.kind is Kind.BUCKET and limit.period_ms:
+            window = max(1, limit.period_ms // 1000)
+            reset = standing.spent * limit.period_ms / limit.amount / 1000
+        elif limit.kind is Kind.CALENDAR and standing.window_end is not None:
+            window = (standing.window_end - standing.window_start) // 1000
+            reset = (standing.window_end - now) / 1000
+        yield Quota(limit.slug, limit.unit, ceiling, window, ceiling - standing.spent - standing.held, reset)
+
+
+async def _send_answer(send: Send, answer: Answer) -> None:
+    await send({"type": "http.response.start", "status": answer.status, "headers": list(answer.headers)})
+    await send({"type": "http.response.body", "body": answer.body})
+
+
+async def _to_its_end(work: Awaitable[None]) -> None:
+    """Wait for `work`; if we are cancelled meanwhile it goes on, and the cancellation is passed on after it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait({task})
+        raise
+    except GuardError as error:
+        log.warning("close_failed", reason=str(error))
+
+
+# ---------------------------------------------------------------- neighbours
+
+
+def _warn_about_neighbours(app: Any, installation: Installation) -> None:
+    """Say at start what stands on the wrong side. `app` is whatever comes behind us: only its class is looked at."""
+    sources = (*installation.config.identity.user, *installation.config.identity.tenant)
+    asks_app = any(source.startswith(("scope:", "session:", "state:")) for source in sources)
+    inner = app
+    for _ in range(64):
+        name = type(inner).__name__
+        advice = None
+        if name == "CORSMiddleware":
+            advice = "without its headers a browser hides our refusals from its scripts"
+        elif asks_app and name in ("AuthenticationMiddleware", "SessionMiddleware"):
+            advice = "it writes what identity is read from, and runs too late where it is"
+        if advice is not None:
+            log.warning("middleware_order", found=name, fix=f"add {name} after GuardMiddleware: {advice}")
+        inner = getattr(inner, "app", None)
+        if inner is None:
+            return

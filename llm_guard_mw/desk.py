@@ -1,0 +1,598 @@
+"""The desk: what both faces of the guard share, and all of their work that needs no waiting.
+
+It knows the rules, the prices and the calls and exchanges that this process holds open. The guard asks it
+what to do, takes the one step that does I/O, and tells it what came of that.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from llm_guard_mw import settlement
+from llm_guard_mw.balances import Limit, ScopeValues
+from llm_guard_mw.call import Call, Exchange, Record, current_call, new_call_id
+from llm_guard_mw.errors import GuardError, LimitExceeded, StoreUnavailable
+from llm_guard_mw.estimate import describe
+from llm_guard_mw.http import HttpRequest
+from llm_guard_mw.identity import Identifier, Late, read_tags
+from llm_guard_mw.logs import log, log_call
+from llm_guard_mw.model import (
+    Asked,
+    EntryKind,
+    Principal,
+    Rates,
+    Reading,
+    Refusal,
+    Shortfall,
+    Tags,
+    UsageEvent,
+)
+from llm_guard_mw.policy import Policy, Route
+from llm_guard_mw.pricing import PriceBook, Unpriced
+from llm_guard_mw.reservation import (
+    Claim,
+    Plan,
+    claim_at_door,
+    claim_of_charge,
+    claim_of_request,
+    plan,
+    read,
+    refuse_unbounded,
+)
+from llm_guard_mw.settlement import Closing, Ending
+from llm_guard_mw.stores.journal import encode_event
+from llm_guard_mw.stores.protocol import ClockApart, Granted, Refused, TooLate
+from llm_guard_mw.stores.sqlite import AsyncSQLiteStore, SQLiteStore
+
+#: Refusals that get an event of their own, per principal and second; the rest are summed into one.
+REFUSAL_EVENTS_PER_SECOND = 3
+
+#: Scope values of which this process remembers that the store has admitted them.
+ADMITTED_MAX = 10_000
+
+#: What a new scope value beyond the day's bound counts as. A caller who says "*other" himself joins them.
+OTHER = "*other"
+
+#: The model that a name without a price counts as: names that nobody knows must not make balances without end.
+UNKNOWN_MODEL = "*unknown"
+
+#: Scopes that have a value even when nobody knows who is calling.
+_NAMELESS = frozenset({"global", "feature", "model"})
+
+_NAMED_TAGS = frozenset({"workflow_id", "session_id", "experiment", "variant"})
+
+Stranger = tuple[str, str, str]  # (parent, scope, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Unguarded:
+    """The store is away and the policy says "allow": nothing is held, nothing will be booked."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoorEnding:
+    """How a guarded request ended, as its door saw it.
+
+    `status` is None when no answer began. `whole` says that the answer was passed on to its end. `reading` is
+    what a meter read in the route's own answer.
+    """
+
+    status: int | None = None
+    whole: bool = True
+    reading: Reading | None = None
+
+
+@dataclass(slots=True)
+class _Attempt:
+    answer: Exchange | Refusal | Unguarded = Unguarded()
+
+
+class Desk:
+    """One a process, made by `process`; safe to use from many threads."""
+
+    def __init__(self, policy: Policy, prices: PriceBook, identifier: Identifier, store: SQLiteStore) -> None:
+        self.policy = policy
+        self.prices = prices
+        self.identifier = identifier
+        self.store = store
+        self.async_store = AsyncSQLiteStore(store)
+        self._start_anew()
+        _desks.add(self)
+
+    def _start_anew(self) -> None:
+        """What belongs to this process alone: a fork begins with nothing open."""
+        self.open: dict[str, Exchange] = {}
+        self.calls: dict[str, Call] = {}
+        self.outbox: deque[Closing] = deque()
+        self._admitted: OrderedDict[Stranger, None] = OrderedDict()
+        self._refusals: dict[Principal, _RefusalCount] = {}
+        self._lock = threading.Lock()
+
+    # ------------------------------------------------------------ opening a call
+
+    def start(self, request: HttpRequest, route: Route, who: Principal | Late) -> Call:
+        """A call for this request; nothing is held yet."""
+        trusted = self.identifier.trusted(request)
+        said = read_tags(request, trusted=trusted)
+        principal = who.known if isinstance(who, Late) else who
+        if trusted and principal.tier is None and said.tier is not None:
+            principal = replace(principal, tier=said.tier)
+        # A trusted peer's word goes before the route's; anybody else's is for reports where the route says nothing.
+        feature = (said.feature if trusted else None) or route.feature or said.feature
+        return Call(
+            id=new_call_id(),
+            principal=principal,
+            tags=replace(said, feature=feature),
+            route=route,
+            till=self,
+            request=request,
+            request_id=_request_id(request),
+            identified=not isinstance(who, Late),
+        )
+
+    def start_block(self, principal: Principal, feature: str | None, tags: Mapping[str, str]) -> Call:
+        """A call for work outside of a request. What the app itself says is believed."""
+        outer = current_call()
+        said = Tags(
+            feature=feature,
+            tier=principal.tier,
+            workflow_id=tags.get("workflow_id"),
+            session_id=tags.get("session_id"),
+            experiment=tags.get("experiment"),
+            variant=tags.get("variant"),
+            free=tuple(sorted((name, value) for name, value in tags.items() if name not in _NAMED_TAGS)),
+            trusted=True,
+        )
+        parent_id = outer.id if outer is not None else None
+        return Call(id=new_call_id(), principal=principal, tags=said, route=None, till=self, parent_id=parent_id)
+
+    def identified(self, call: Call, principal: Principal) -> None:
+        """A late source has answered: from now on the call has a name."""
+        with call.lock:
+            call.principal = principal if principal.tier else replace(principal, tier=call.principal.tier)
+            call.identified = True
+
+    def plan_door(self, call: Call) -> Plan:
+        """Exchange 0 of a call: what the request's own body lets expect."""
+        asked = self._asked_at_door(call)
+        claim = claim_at_door(self.policy, call, asked, self._rates_at_door(asked))
+        return self._plan(call, claim)
+
+    def opened(self, call: Call, outcome: Exchange | Refusal | Unguarded) -> Call | Refusal:
+        """The call is open if its exchange 0 is."""
+        if isinstance(outcome, Refusal):
+            call.closed = True
+            call.decision = "reject"
+            log_call(call, outcome.status)
+            return outcome
+        if isinstance(outcome, Unguarded):
+            call.unguarded = True
+        else:
+            call.door = outcome
+            self.open[outcome.id] = outcome
+        self.calls[call.id] = call
+        return call
+
+    def _asked_at_door(self, call: Call) -> Asked:
+        request, route = call.request, call.route
+        if request is None or route is None:
+            return Asked(output=False)
+        asked = describe(
+            route.api,
+            None,
+            request.method,
+            request.path,
+            request.body,
+            content_encoding=_text(request.header(b"content-encoding")),
+            body_complete=request.body_complete,
+            total_bytes=_number(request.header(b"content-length")),
+        )
+        # The app calls the provider, not the caller of the app: what its body refers to is no bound on anything.
+        model = asked.model if route.model == "body:model" or (route.api and not route.model) else route.model
+        return replace(asked, model=model, unbounded=None, opaque=())
+
+    def _rates_at_door(self, asked: Asked) -> Rates:
+        if asked.model is None:
+            return Rates(None, asked.provider, 0, 0, self.prices.price_version)
+        try:
+            return self.prices.rates(asked.provider, asked.model, asked.service_tier)
+        except Unpriced:
+            return Rates(asked.model, asked.provider, 0, 0, self.prices.price_version, flagged="unpriced")
+
+    # ------------------------------------------------------------ opening an exchange
+
+    def call_of_capture(self) -> Call:
+        """The call that a captured request belongs to: the current one, or a new one of its own."""
+        call = current_call()
+        if call is None:
+            call = Call(id=new_call_id(), principal=Principal(), tags=Tags(), route=None, till=self, identified=False)
+        elif call.closed:
+            call = Call(
+                id=new_call_id(),
+                principal=call.principal,
+                tags=call.tags,
+                route=call.route,
+                till=self,
+                request_id=call.request_id,
+                parent_id=call.id,
+                identified=call.identified,
+            )
+        else:
+            call.captures += 1
+            return call
+        call.captures += 1
+        call.detached = True
+        self.calls[call.id] = call
+        return call
+
+    def plan_request(self, call: Call, asked: Asked) -> Plan | Refusal:
+        """The exchange of a real request, as if exchange 0's money were gone."""
+        limits = self._limits(call)
+        refusal = refuse_unbounded(self.policy, call, asked, limits, self.store.engine.clock())
+        if refusal is not None:
+            return self._refused(call, refusal, call.next_number())
+        try:
+            rates = self.prices.rates(asked.provider, asked.model, asked.service_tier)
+        except Unpriced as error:
+            refusal = _unpriced(call, asked, str(error), limits, self.store.engine.clock())
+            return self._refused(call, refusal, call.next_number())
+        claim = claim_of_request(self.policy, call, asked, rates)
+        door = call.door
+        return self._plan(call, claim, takes=door.id if door is not None else None)
+
+    def begun(self, call: Call, outcome: Exchange | Refusal | Unguarded) -> Exchange | Refusal | Unguarded:
+        """Remember an exchange, so that its lease is renewed."""
+        if isinstance(outcome, Exchange):
+            if outcome.granted.took:
+                self.open.pop(f"{call.id}/0", None)
+            self.open[outcome.id] = outcome
+        elif isinstance(outcome, Refusal):
+            self.settled(call)
+        return outcome
+
+    def _plan(self, call: Call, claim: Claim, takes: str | None = None) -> Plan:
+        model = UNKNOWN_MODEL if claim.asked.model and claim.rates.flagged else claim.asked.model
+        limits = self._limits(call, model)
+        values = self._values(call, model, limits)
+        now = self.store.engine.clock()
+        return plan(self.policy, call, claim, limits, values, number=call.next_number(), takes=takes, now_ms=now)
+
+    def read(self, wish: Plan, outcome: Granted | Refused | ClockApart | TooLate) -> Exchange | Refusal:
+        if isinstance(outcome, Granted | Refused):
+            answer = read(wish, outcome)
+            return self._refused(wish.call, answer, wish.number) if isinstance(answer, Refusal) else answer
+        raise StoreUnavailable("the store answered too late")
+
+    @contextmanager
+    def undoing(self, wish: Plan) -> Iterator[_Attempt]:
+        """Whoever goes away while the store is asked (a cancelled task) takes the hold with it."""
+        attempt = _Attempt()
+        try:
+            yield attempt
+        except StoreUnavailable as error:
+            route = wish.call.route
+            rule = (route.on_store_failure if route is not None else None) or self.policy.on_store_failure
+            if rule != "allow":
+                raise
+            log.warning("unguarded", reason=str(error), call_id=wish.call.id)
+        except BaseException:
+            self.settle_soon(settlement.undo(wish.wish.exchange, wish.call, wish.draft))
+            raise
+
+    # ------------------------------------------------------------ limits, scopes, values
+
+    def _limits(self, call: Call, model: str | None = None) -> tuple[Limit, ...]:
+        limits = self.policy.limits_for(call.route, call.principal, call.tags, feature=_feature(call), model=model)
+        if call.identified:
+            return limits
+        # Nobody is known (yet): what cannot be named is not counted, or all strangers would share one balance.
+        return tuple([limit for limit in limits if _NAMELESS.issuperset(limit.scope)])
+
+    def _values(self, call: Call, model: str | None, limits: Iterable[Limit]) -> ScopeValues:
+        """What the call stands for; a value that the store has not admitted counts as `other`."""
+        values = self.policy.scope_values(call.route, call.principal, call.tags, feature=_feature(call), model=model)
+        for parent, scope, value in _bounded_values(values, limits):
+            if (parent, scope, value) not in self._admitted:
+                values = _as_other(values, scope)
+        return values
+
+    def strangers(self, call: Call) -> list[Stranger]:
+        """Values that some limit counts by and that this process has not met: the store decides on their balance."""
+        if not call.tags.trusted:
+            return []
+        limits = self._limits(call)
+        values = self.policy.scope_values(call.route, call.principal, call.tags, feature=_feature(call))
+        return [stranger for stranger in _bounded_values(values, limits) if stranger not in self._admitted]
+
+    def met(self, stranger: Stranger, admitted: bool) -> None:
+        """What the store said of a stranger. A refused one is asked about again: tomorrow has room for more."""
+        with self._lock:
+            if admitted:
+                self._admitted[stranger] = None
+            while len(self._admitted) > ADMITTED_MAX:
+                self._admitted.popitem(last=False)
+
+    def today(self) -> int:
+        """The day, counted from the epoch (UTC): new scope values are bounded by the day."""
+        return self.store.engine.clock() // 86_400_000
+
+    # ------------------------------------------------------------ closing
+
+    def finished(
+        self, exchange: Exchange, reading: Reading | None, *, status: int | None, ending: Ending
+    ) -> Closing | None:
+        """What closes an exchange; None if it is closed already. An error of ours books the hold."""
+        with exchange.call.lock:
+            if exchange.closed:
+                return None
+            exchange.closed = True
+        self.open.pop(exchange.id, None)
+        try:
+            closing = settlement.close(exchange, self.prices, reading, status=status, ending=ending)
+        except Exception:
+            log.exception("metering_failed", call_id=exchange.call.id, attempt=exchange.number)
+            closing = settlement.book_held(exchange, status=status, error_type="metering_failed")
+        if reading is not None and reading.broken:
+            log.warning("metering_broken", call_id=exchange.call.id, reason=reading.broken, basis=closing.event.basis)
+        exchange.call.note_captured(
+            reading.response_id if reading is not None else None, reading.usage if reading is not None else None
+        )
+        exchange.call.events.append(closing.event)
+        return closing
+
+    def settled(self, call: Call) -> None:
+        """A call that a capture opened for itself ends with its exchange."""
+        if call.detached and not call.closed:
+            call.closed = True
+            self.calls.pop(call.id, None)
+            if call.claimed:
+                self.store.close_call_soon(call.id, lambda _error: None)
+            log_call(call, None)
+
+    def closings(self, call: Call, ending: DoorEnding) -> list[Closing]:
+        """What is left to close when a call is over: exchange 0, and what the app recorded."""
+        with call.lock:
+            if call.closed:
+                return []
+            call.closed = True
+            door, call.door = call.door, None
+            records, call.records = call.records, []
+        records = [record for record in records if not call.was_captured(record)]
+        closings = []
+        if door is not None:
+            self.open.pop(door.id, None)
+            closings.append(self._door_closing(call, door, records, ending))
+        else:
+            closings.extend(self._booking(call, record) for record in records)
+        call.events.extend(closing.event for closing in closings)
+        return closings
+
+    def _door_closing(self, call: Call, door: Exchange, records: list[Record], ending: DoorEnding) -> Closing:
+        door.closed = True
+        try:
+            if records:
+                return settlement.close_recorded(door, self.prices, records, status=ending.status)
+            if call.captures or (call.route is not None and call.route.usage == "captured"):
+                return settlement.release(door, status=ending.status)
+            return self._close_uncaptured(call, door, ending)
+        except Exception:
+            log.exception("metering_failed", call_id=call.id, attempt=0)
+            return settlement.book_held(door, status=ending.status, error_type="metering_failed")
+
+    def _close_uncaptured(self, call: Call, door: Exchange, ending: DoorEnding) -> Closing:
+        """Nothing was captured nor recorded: the route's own answer has to tell."""
+        if call.route is None:  # an `as_user` block that asked for nothing
+            return settlement.release(door)
+        said = ending.reading is not None and ending.reading.usage is not None
+        if ending.status is not None and not 200 <= ending.status < 300 and not said:
+            return settlement.release(door, status=ending.status)
+        if ending.status is None or not ending.whole:
+            return settlement.close(door, self.prices, ending.reading, status=ending.status, ending="error")
+        return settlement.close(door, self.prices, ending.reading, status=ending.status, ending="complete")
+
+    def closed(self, call: Call, ending: DoorEnding) -> None:
+        self.calls.pop(call.id, None)
+        log_call(call, ending.status)
+
+    # ------------------------------------------------------------ what the app reports and spends itself
+
+    def book(self, call: Call, record: Record) -> None:
+        """Usage that was reported after its call had closed."""
+        closing = self._booking(call, record)
+        call.events.append(closing.event)
+        self.settle_soon(closing)
+
+    def _booking(self, call: Call, record: Record) -> Closing:
+        """Reserve and settle in one step: the money is spent already, so nothing can be refused."""
+        usage = record.usage
+        asked = Asked(provider=record.provider, model=usage.model, output=True)
+        cost = self.prices.cost(record.provider, usage.model, usage)
+        rates = Rates(usage.model, record.provider, 0, 0, cost.price_version, flagged=cost.flagged)
+        claim = Claim(asked, rates, usage.input_tokens or 0, usage.output_tokens or 0, 0, cap_is_ours=False)
+        wish = self._plan(call, claim)
+        return settlement.book(wish, usage, cost)
+
+    def charge(self, call: Call, credits: int, provider: str | None) -> None:
+        """Spend credits: reserved and settled as reserved. Raises LimitExceeded, and then nothing was spent."""
+        claim = claim_of_charge(credits, provider, self.prices.price_version)
+        wish = self._plan(call, claim)
+        with self.undoing(wish) as attempt:
+            outcome = self.store.reserve(wish.wish)
+            while isinstance(outcome, ClockApart):
+                wish = wish.around(outcome.at)
+                outcome = self.store.reserve(wish.wish)
+            attempt.answer = self.read(wish, outcome)
+        if isinstance(attempt.answer, Refusal):
+            raise LimitExceeded(attempt.answer)
+        if isinstance(attempt.answer, Exchange):
+            closing = settlement.close_charge(attempt.answer)
+            call.events.append(closing.event)
+            self.settle_soon(closing)
+
+    # ------------------------------------------------------------ what waits for the store
+
+    def settle_soon(self, closing: Closing) -> None:
+        def done(error: BaseException | None) -> None:
+            if error is not None:
+                self.keep_for_later(closing, error)
+
+        self.store.settle_soon(closing.settlement, done)
+
+    def keep_for_later(self, closing: Closing, error: BaseException) -> None:
+        """The store did not take it: it is tried again until it does (`keeper`). Settling twice changes nothing."""
+        self.outbox.append(closing)
+        log.warning("settle_postponed", call_id=closing.event.call_id, attempt=closing.event.attempt, reason=str(error))
+
+    @contextmanager
+    def tolerant(self, what: str) -> Iterator[None]:
+        """An error of the store here costs the caller nothing: the lease ends what was left open."""
+        try:
+            yield
+        except GuardError as error:
+            log.warning("store_away", step=what, reason=str(error))
+
+    # ------------------------------------------------------------ refusals in the books
+
+    def _refused(self, call: Call, refusal: Refusal, number: int) -> Refusal:
+        """Remember a refusal for the door, and give it an event, alone or summed with others."""
+        call.refusal = refusal
+        with self._lock:
+            count = self._refusals.setdefault(call.principal, _RefusalCount())
+            alone = count.may_tell(time.monotonic())
+            if not alone:
+                count.summed += 1
+                count.last = (call, refusal)
+        if alone:
+            self._tell_refusal(call, refusal, number, 1)
+        return refusal
+
+    def flush_refusals(self) -> None:
+        """One event for all the refusals that were too many to have one each."""
+        with self._lock:
+            waiting = [(*count.last, count.summed) for count in self._refusals.values() if count.last is not None]
+            self._refusals = {
+                principal: count for principal, count in self._refusals.items() if count.is_busy(time.monotonic())
+            }
+            for count in self._refusals.values():
+                count.summed, count.last = 0, None
+        for call, refusal, summed in waiting:
+            self._tell_refusal(call, refusal, call.next_number(), summed)
+
+    def _tell_refusal(self, call: Call, refusal: Refusal, number: int, count: int) -> None:
+        event = UsageEvent(
+            call_id=call.id,
+            attempt=number,
+            kind=EntryKind.REFUSED,
+            at=time.time_ns() // 1000,
+            request_id=call.request_id or call.id,
+            parent_call_id=call.parent_id,
+            tenant=call.principal.tenant,
+            user=call.principal.user,
+            tier=call.principal.tier or call.tags.tier,
+            key_id=call.principal.key_id,
+            feature=call.feature,
+            route=call.route.name if call.route is not None else None,
+            workflow_id=call.tags.workflow_id,
+            session_id=call.tags.session_id,
+            experiment=call.tags.experiment,
+            variant=call.tags.variant,
+            tags=dict(call.tags.free),
+            api=refusal.api,
+            price_version=self.prices.price_version,
+            status=refusal.status,
+            success=False,
+            error_type=refusal.code,
+            decision="reject",
+            count=count,
+        )
+        self.store.append_soon(f"{call.id}/{number}/refused", encode_event(event), _log_lost)
+
+
+@dataclass(slots=True)
+class _RefusalCount:
+    """How many refusals of one principal had an event of their own this second, and the rest."""
+
+    second: int = 0
+    told: int = 0
+    summed: int = 0
+    last: tuple[Call, Refusal] | None = None
+
+    def may_tell(self, now: float) -> bool:
+        if int(now) != self.second:
+            self.second, self.told = int(now), 0
+        self.told += 1
+        return self.told <= REFUSAL_EVENTS_PER_SECOND
+
+    def is_busy(self, now: float) -> bool:
+        return int(now) - self.second <= 1
+
+
+def _log_lost(error: BaseException | None) -> None:
+    if error is not None:
+        log.warning("refusal_not_recorded", reason=str(error))
+
+
+def _feature(call: Call) -> str | None:
+    """The feature that may choose balances: a trusted peer's word, else the route's."""
+    return call.tags.feature if call.tags.trusted or call.route is None else call.route.feature
+
+
+def _bounded_values(values: ScopeValues, limits: Iterable[Limit]) -> list[Stranger]:
+    """Values that whoever sets tags may invent, and that some limit gives a balance: (parent, scope, value)."""
+    found: dict[Stranger, None] = {}
+    for limit in limits:
+        for scope in limit.scope:
+            if scope in ("workflow", "session") or scope.startswith("tag:"):
+                value = values.value(scope)
+                if value is not None:
+                    found[_parent(values, scope), scope, value] = None
+    return list(found)
+
+
+def _parent(values: ScopeValues, scope: str) -> str:
+    """Whose new values are counted together: a session's user's, else the tenant's."""
+    tenant = values.part("tenant")
+    return f"{tenant}&{values.part('user')}" if scope == "session" else tenant
+
+
+def _as_other(values: ScopeValues, scope: str) -> ScopeValues:
+    if scope.startswith("tag:"):
+        return replace(values, tags={**values.tags, scope[4:]: OTHER})
+    return replace(values, workflow=OTHER) if scope == "workflow" else replace(values, session=OTHER)
+
+
+def _unpriced(call: Call, asked: Asked, message: str, limits: Iterable[Limit], at: int) -> Refusal:
+    """`unpriced = "deny"`: a model without a price cannot be held against any budget."""
+    shortfalls = tuple(Shortfall(x.text, x.slug, "never_fits", x.ceiling(), 0) for x in limits)
+    return Refusal(shortfalls[:1], at, call_id=call.id, api=asked.api, code="never_fits", message=message)
+
+
+def _request_id(request: HttpRequest) -> str | None:
+    value = _text(request.header(b"x-request-id"))
+    return value if value is not None and 0 < len(value) <= 128 and value.isprintable() else None
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
+
+
+def _number(value: bytes | None) -> int | None:
+    return int(value) if value is not None and value.isdigit() and len(value) < 16 else None
+
+
+_desks: weakref.WeakSet[Desk] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for desk in _desks:
+        desk._start_anew()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,214 @@
+"""The guard: the straight path of a guarded call. START READING HERE.
+
+    open      a door opens a call: who is it, what counts, hold exchange 0           reservation.plan, store, read
+    begin     a capture opens an exchange: it takes exchange 0 over, or stands alone  the same
+    finish    the exchange's bytes have ended: what it used, settle                   settlement.close, store
+    close     the call is over: exchange 0, what the app recorded, concurrency
+
+`Guard` and `AsyncGuard` are twins: they differ in `await` alone, and a test holds them to it. All that needs
+no I/O is done by the `Desk` they share.
+
+Rule 1. Nothing is sent before its hold is granted; what cannot be held is refused.
+Rule 2. After the grant the caller's traffic comes first: a settlement that fails is kept and tried again, and
+        no error of ours reaches the app.
+Rule 3. Every exchange that was granted is closed, whatever happens to the task that opened it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llm_guard_mw.call import Call, Exchange, enter, leave
+from llm_guard_mw.desk import Desk, DoorEnding, Unguarded
+from llm_guard_mw.errors import GuardError, LimitExceeded
+from llm_guard_mw.http import HttpRequest
+from llm_guard_mw.model import Asked, Principal, Reading, Refusal
+from llm_guard_mw.policy import Route
+from llm_guard_mw.reservation import Plan
+from llm_guard_mw.settlement import Closing, Ending
+from llm_guard_mw.stores.protocol import ClockApart
+
+
+class Guard:
+    """The sync face: WSGI doors, sync SDK clients, scripts."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.store = desk.store
+
+    def open(self, request: HttpRequest, route: Route) -> Call | Refusal:
+        """Open a call for a request to a guarded route. Raises IdentityError and StoreUnavailable."""
+        return self.enter(self.desk.start(request, route, self.desk.identifier.identify(request)))
+
+    def enter(self, call: Call) -> Call | Refusal:
+        """Hold exchange 0 of a call that has a name already."""
+        self._admit(call)
+        return self.desk.opened(call, self._reserve(self.desk.plan_door(call)))
+
+    def begin(self, asked: Asked) -> Exchange | Refusal | Unguarded:
+        """Open an exchange for a real request to a provider, within the current call if there is one."""
+        call = self.desk.call_of_capture()
+        if not call.identified and call.request is not None:
+            self.desk.identified(call, self.desk.identifier.settle_late(call.request))
+        self._admit(call)
+        plan = self.desk.plan_request(call, asked)
+        return self.desk.begun(call, plan if isinstance(plan, Refusal) else self._reserve(plan))
+
+    def finish(self, exchange: Exchange, reading: Reading | None, *, status: int | None, ending: Ending) -> None:
+        """The exchange's bytes have ended. Closing twice changes nothing; no error comes out."""
+        closing = self.desk.finished(exchange, reading, status=status, ending=ending)
+        if closing is not None:
+            self._settle(closing)
+            self.desk.settled(exchange.call)
+
+    def close(self, call: Call, ending: DoorEnding) -> None:
+        """The call is over, after its background tasks."""
+        for closing in self.desk.closings(call, ending):
+            self._settle(closing)
+        if call.claimed:
+            with self.desk.tolerant("close_call"):
+                self.store.close_call(call.id)
+        self.desk.closed(call, ending)
+
+    def _admit(self, call: Call) -> None:
+        for stranger in self.desk.strangers(call):
+            self.desk.met(stranger, self.store.admit(*stranger, self.desk.today(), self.desk.policy.new_scope_values))
+
+    def _reserve(self, plan: Plan) -> Exchange | Refusal | Unguarded:
+        with self.desk.undoing(plan) as attempt:
+            outcome = self.store.reserve(plan.wish)
+            while isinstance(outcome, ClockApart):
+                plan = plan.around(outcome.at)
+                outcome = self.store.reserve(plan.wish)
+            attempt.answer = self.desk.read(plan, outcome)
+        return attempt.answer
+
+    def _settle(self, closing: Closing) -> None:
+        try:
+            self.store.settle(closing.settlement)
+        except GuardError as error:
+            self.desk.keep_for_later(closing, error)
+
+    def as_user(
+        self,
+        *,
+        user: str | None = None,
+        tenant: str | None = None,
+        tier: str | None = None,
+        feature: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> UserBlock:
+        """Guard work outside of a request: `with guard.as_user(user="ada", feature="digest"):`, or `async with`.
+
+        Raises LimitExceeded on entry when a limit leaves nothing.
+        """
+        return UserBlock(self.desk, Principal(user=user, tenant=tenant, tier=tier), feature, tags or {})
+
+
+class AsyncGuard:
+    """The async face: ASGI doors and async SDK clients."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.store = desk.async_store
+
+    async def open(self, request: HttpRequest, route: Route) -> Call | Refusal:
+        """Open a call for a request to a guarded route. Raises IdentityError and StoreUnavailable."""
+        return await self.enter(self.desk.start(request, route, await self.desk.identifier.aidentify(request)))
+
+    async def enter(self, call: Call) -> Call | Refusal:
+        """Hold exchange 0 of a call that has a name already."""
+        await self._admit(call)
+        return self.desk.opened(call, await self._reserve(self.desk.plan_door(call)))
+
+    async def begin(self, asked: Asked) -> Exchange | Refusal | Unguarded:
+        """Open an exchange for a real request to a provider, within the current call if there is one."""
+        call = self.desk.call_of_capture()
+        if not call.identified and call.request is not None:
+            self.desk.identified(call, await self.desk.identifier.asettle_late(call.request))
+        await self._admit(call)
+        plan = self.desk.plan_request(call, asked)
+        return self.desk.begun(call, plan if isinstance(plan, Refusal) else await self._reserve(plan))
+
+    async def finish(self, exchange: Exchange, reading: Reading | None, *, status: int | None, ending: Ending) -> None:
+        """The exchange's bytes have ended. Closing twice changes nothing; no error comes out."""
+        closing = self.desk.finished(exchange, reading, status=status, ending=ending)
+        if closing is not None:
+            await self._settle(closing)
+            self.desk.settled(exchange.call)
+
+    async def close(self, call: Call, ending: DoorEnding) -> None:
+        """The call is over, after its background tasks."""
+        for closing in self.desk.closings(call, ending):
+            await self._settle(closing)
+        if call.claimed:
+            with self.desk.tolerant("close_call"):
+                await self.store.close_call(call.id)
+        self.desk.closed(call, ending)
+
+    async def _admit(self, call: Call) -> None:
+        for stranger in self.desk.strangers(call):
+            self.desk.met(
+                stranger, await self.store.admit(*stranger, self.desk.today(), self.desk.policy.new_scope_values)
+            )
+
+    async def _reserve(self, plan: Plan) -> Exchange | Refusal | Unguarded:
+        with self.desk.undoing(plan) as attempt:
+            outcome = await self.store.reserve(plan.wish)
+            while isinstance(outcome, ClockApart):
+                plan = plan.around(outcome.at)
+                outcome = await self.store.reserve(plan.wish)
+            attempt.answer = self.desk.read(plan, outcome)
+        return attempt.answer
+
+    async def _settle(self, closing: Closing) -> None:
+        try:
+            await self.store.settle(closing.settlement)
+        except GuardError as error:
+            self.desk.keep_for_later(closing, error)
+
+    def as_user(
+        self,
+        *,
+        user: str | None = None,
+        tenant: str | None = None,
+        tier: str | None = None,
+        feature: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> UserBlock:
+        """Guard work outside of a request: `with guard.as_user(user="ada", feature="digest"):`, or `async with`.
+
+        Raises LimitExceeded on entry when a limit leaves nothing.
+        """
+        return UserBlock(self.desk, Principal(user=user, tenant=tenant, tier=tier), feature, tags or {})
+
+
+class UserBlock:
+    """A call opened by the app itself, as a context manager of both kinds. It gives the Call."""
+
+    def __init__(self, desk: Desk, principal: Principal, feature: str | None, tags: Mapping[str, str]) -> None:
+        self.desk = desk
+        self.wanted = principal, feature, tags
+
+    def __enter__(self) -> Call:
+        call = self.desk.start_block(*self.wanted)
+        return self._entered(Guard(self.desk).enter(call))
+
+    def __exit__(self, *raised: object) -> None:
+        leave(self.token)
+        Guard(self.desk).close(self.call, DoorEnding())
+
+    async def __aenter__(self) -> Call:
+        call = self.desk.start_block(*self.wanted)
+        return self._entered(await AsyncGuard(self.desk).enter(call))
+
+    async def __aexit__(self, *raised: object) -> None:
+        leave(self.token)
+        await AsyncGuard(self.desk).close(self.call, DoorEnding())
+
+    def _entered(self, outcome: Call | Refusal) -> Call:
+        if isinstance(outcome, Refusal):
+            raise LimitExceeded(outcome)
+        self.call = outcome
+        self.token = enter(outcome)
+        return outcome
