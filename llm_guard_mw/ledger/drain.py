@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from zoneinfo import ZoneInfo
 
 import msgspec
-import structlog
 from sqlalchemy import ColumnElement, Connection, Table, and_, case, func, insert, select, update
 
 from llm_guard_mw.ledger.database import POISON, Database, chunks
@@ -40,6 +39,7 @@ from llm_guard_mw.ledger.rows import (
     totals_of,
 )
 from llm_guard_mw.ledger.tables import DailyUsage, DeadEntry, DrainWatermark, UsageEventRow, WindowTotal, table_of
+from llm_guard_mw.logs import log
 from llm_guard_mw.model import JournalEntry
 from llm_guard_mw.stores.protocol import Store, Unreadable
 
@@ -54,8 +54,6 @@ DAILY = table_of(DailyUsage)
 TOTALS = table_of(WindowTotal)
 MARKS = table_of(DrainWatermark)
 DEAD = table_of(DeadEntry)
-
-log = structlog.get_logger("llm_guard")
 
 
 def drain(books: Database, zone: ZoneInfo, store: Store, most: int) -> int | None:

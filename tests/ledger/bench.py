@@ -16,7 +16,7 @@ from llm_guard_mw.model import Demand, EntryKind, UsageEvent
 from llm_guard_mw.stores.journal import encode_event
 from llm_guard_mw.stores.protocol import Granted, Moved, Settlement, Store
 from llm_guard_mw.stores.sqlite import SQLiteStore
-from tests.model.world import NOON, Clock, concurrent, dollars, offer, released, requests_a_day, tokens, wish
+from tests.model.world import NOON, Clock, concurrent, days, dollars, offer, released, requests_a_day, tokens, wish
 
 DAY_BUDGET = "user=alice|calendar:usd:day:0:UTC:all"
 DAY_REQUESTS = "user=alice|calendar:requests:day:0:UTC:all"
@@ -24,12 +24,13 @@ MINUTE_TOKENS = "user=alice|bucket:tokens:60000:0::all"
 AT_ONCE = "user=alice|concurrent:concurrent::0::all"
 
 
-def demands(cost: int = 1000) -> tuple[Demand, ...]:
+def demands(at: int, cost: int = 1000) -> tuple[Demand, ...]:
+    """What each exchange of the bench claims: one balance of every kind, wide enough to say yes."""
     return (
-        dollars(DAY_BUDGET, 10**9, cost),
-        requests_a_day(DAY_REQUESTS, 10**6),
-        tokens(MINUTE_TOKENS, 10**6, 50),
-        concurrent(AT_ONCE, 10**6),
+        dollars(DAY_BUDGET, 2**53 - 1, cost, windows=days(at)),
+        requests_a_day(DAY_REQUESTS, 10**9, windows=days(at)),
+        tokens(MINUTE_TOKENS, 10**9, 50),
+        concurrent(AT_ONCE, 10**9),
     )
 
 
@@ -44,7 +45,7 @@ class Bench:
 
     def hold(self, exchange: str | None = None, cost: int = 1000) -> tuple[str, Granted]:
         exchange = exchange or f"call{next(self.numbers):04}/0"
-        granted = self.store.reserve(wish(exchange, offer(*demands(cost))))
+        granted = self.store.reserve(wish(exchange, offer(*demands(self.clock(), cost))))
         assert isinstance(granted, Granted)
         return exchange, granted
 

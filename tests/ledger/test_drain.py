@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.ledger.drain import LEASE_MS, lease
@@ -173,19 +173,20 @@ def test_who_lost_the_lease_writes_nothing(bench: Bench, monkeypatch: pytest.Mon
     assert bench.store.journal_length() == 1
 
 
-def test_a_store_made_anew_gets_a_watermark_of_its_own_and_a_warning(bench: Bench, tmp_path: Path) -> None:
+def test_a_store_made_anew_gets_a_watermark_of_its_own_and_a_warning(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bench.exchange("c1/0")
     bench.drain()
     again = SQLiteStore(tmp_path / "anew.db", clock=bench.clock)
     anew = Bench(bench.clock, again, bench.ledger)
     anew.exchange("c2/0")
 
-    with capture_logs() as logs:
-        anew.drain()
+    anew.drain()
 
     assert len(bench.rows("usage_events")) == 2
     assert len(bench.rows("drain_watermarks")) == 2
-    assert [log["event"] for log in logs] == ["ledger_new_epoch"]
+    assert [json.loads(line)["event"] for line in caplog.messages] == ["ledger_new_epoch"]
     again.close()
 
 
@@ -199,13 +200,14 @@ def test_text_that_postgres_would_not_take_is_replaced(bench: Bench) -> None:
     assert row["tags"] == {"te\ufffdam": "\ufffd"}
 
 
-def test_an_entry_that_cannot_be_a_row_is_put_aside_with_what_it_moved(bench: Bench) -> None:
+def test_an_entry_that_cannot_be_a_row_is_put_aside_with_what_it_moved(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
     bench.exchange("c1/0")
     bench.exchange("c2/0", input_tokens=2**70, cost_nanos=500)
     bench.exchange("c3/0")
 
-    with capture_logs() as logs:
-        assert bench.drain() == 3
+    assert bench.drain() == 3
 
     assert [row["call_id"] for row in bench.rows("usage_events")] == ["c1", "c3"]
     (dead,) = bench.rows("dead_entries")
@@ -213,7 +215,8 @@ def test_an_entry_that_cannot_be_a_row_is_put_aside_with_what_it_moved(bench: Be
     assert "input_tokens" in dead["error"]
     totals = {row["balance"]: row["spent"] for row in bench.rows("window_totals")}
     assert totals[DAY_BUDGET] == 700 + 500 + 700
-    assert [log["event"] for log in logs] == ["journal_entry_put_aside"]
+    (line,) = [json.loads(line) for line in caplog.messages]
+    assert (line["event"], line["entry"]) == ("journal_entry_put_aside", "c2/0/settle")
 
 
 def test_a_payload_that_cannot_be_read_is_put_aside(bench: Bench, tmp_path: Path) -> None:
