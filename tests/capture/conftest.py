@@ -49,8 +49,9 @@ class Books:
     def settled(self) -> list[dict[str, Any]]:
         return [event for event in self.events() if event["kind"] == "settle"]
 
-    def tokens(self) -> list[tuple[int | None, int | None]]:
-        return sorted((event["input_tokens"], event["output_tokens"]) for event in self.settled())
+    def tokens(self) -> list[tuple[int | None, int]]:
+        # Embeddings have no output, and say nothing of it.
+        return sorted((event["input_tokens"], event["output_tokens"] or 0) for event in self.settled())
 
     def quiet(self) -> bool:
         """Wait until the thread that settles dropped streams has done so; the caller has let go of them."""
