@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, distinct, func, or_, select, tuple_
 
 from llm_guard_mw.ledger.database import Database
-from llm_guard_mw.ledger.drain import DAILY, EVENTS
+from llm_guard_mw.ledger.drain import DAILY, DEAD, EVENTS
 from llm_guard_mw.ledger.moments import local_day, midnight, rfc3339
 from llm_guard_mw.ledger.rows import CLOSING, DIMENSIONS, EVENT_FIELDS, day_of
 from llm_guard_mw.model import EntryKind
@@ -188,6 +188,7 @@ def prune(books: Database, zone: ZoneInfo, now: int, days: int) -> int:
         # Said before it is done: from here on nobody expects to find these rows.
         if int(books.fact(connection, PRUNED_BEFORE) or 0) < cutoff:
             books.set_facts(connection, {PRUNED_BEFORE: str(cutoff), PRUNED_BEFORE_DAY: kept_from.isoformat()})
+        connection.execute(delete(DEAD).where(DEAD.c.at < cutoff // 1000))
     pruned = 0
     while True:
         oldest = select(EVENTS.c.number).where(EVENTS.c.at < cutoff).order_by(EVENTS.c.at).limit(PAGE)

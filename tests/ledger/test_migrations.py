@@ -149,6 +149,23 @@ def test_the_store_and_the_ledger_share_a_file_whoever_comes_first(tmp_path: Pat
         store.close()
 
 
+def test_a_commit_is_on_the_disk_before_a_store_elsewhere_trims_its_journal(tmp_path: Path) -> None:
+    from llm_guard_mw.stores.sqlite import SQLiteStore
+
+    hardness = {}
+    for name in ("shared", "apart"):
+        store = SQLiteStore(tmp_path / f"{name if name == 'shared' else 'store'}.db")
+        store.epoch()
+        ledger = Ledger(f"sqlite:///{tmp_path}/{name}.db")
+        with ledger.database.reading() as connection:
+            hardness[name] = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
+        ledger.close()
+        store.close()
+
+    normal, full = 1, 2
+    assert hardness == {"shared": normal, "apart": full}
+
+
 def test_importing_and_making_a_ledger_imports_no_sql() -> None:
     code = (
         "import sys; from llm_guard_mw.ledger import Ledger, verify; Ledger('sqlite:///x.db');"

@@ -222,6 +222,16 @@ def test_what_was_pruned_is_not_missed(bench: Bench) -> None:
     assert look(bench).ok
 
 
+def test_an_entry_put_aside_is_pruned_with_the_rows_of_its_day(bench: Bench) -> None:
+    bench.exchange("a/0", input_tokens=2**70)
+    bench.drain()
+    bench.clock.forward(20 * DAY)
+
+    bench.ledger.prune(bench.clock(), days=7)
+
+    assert look(bench).ok
+
+
 def test_an_entry_that_waits_in_the_journal_after_its_commit_is_not_counted_twice(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
