@@ -7,9 +7,11 @@ Rule 3. `events`, `report` and `verify` drain the journal first, and run beside 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -236,6 +238,22 @@ def _show_verification(found: Verification) -> None:
     show_table(columns, [[finding[name] for name in columns] for finding in found.findings])
     drift = dollars(Decimal(found.drift_nanos).scaleb(-9))
     typer.echo(f"The books do not add up: {len(found.findings)} findings, drift {drift}, {holds}.")
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def demo(form: Output = Format.TABLE) -> None:
+    """Guard a few hundred real SDK calls until budgets bite, and show what is left to read."""
+    run: Callable[[Format], int] = import_module(_DEMO).run
+    raise typer.Exit(run(form))
+
+
+#: The demo's own module gives `run(form) -> exit code`. It imports web frameworks and SDKs, so that it is not
+#: imported before somebody wants it.
+_DEMO = "llm_guard_mw.cli.demo.command"
+if find_spec(_DEMO) is not None:
+    app.command()(demo)
 
 
 # ---------------------------------------------------------------- around a command
