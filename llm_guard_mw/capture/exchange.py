@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from queue import SimpleQueue
 
 import structlog
@@ -62,10 +63,14 @@ def concerns(method: str, host: str, target: str, *, loaded: bool) -> bool:
     """
     if method.upper() != "POST":
         return False
-    api, provider = identify_api(method, host, target)
+    api, provider = _identified(method, host, target)
     if api is None or loaded:
         return api is not None
     return describe(api, provider, method, target, b"").counted
+
+
+#: A client sends to a few endpoints again and again.
+_identified = lru_cache(maxsize=256)(identify_api)
 
 
 def asked_by(outgoing: Outgoing) -> Asked | None:
