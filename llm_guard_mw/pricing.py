@@ -304,14 +304,12 @@ class PriceBook:
         if max_output is not None and context is not None:
             max_output = min(max_output, context)
         flagged: str | None = None
-        own: str | None = provider
         if (override := self._override(provider, (model,))) is not None:
             bound = _own_price(override).bound(kinds, automatic_writes=True)
         elif found is not None:
-            own = found[0].id
             # A hold may be settled tomorrow, and a tier may be refused for the standard one: the dearest of them.
             prices = [_listed_price(*found, which, False, day + later) for which in {None, tier} for later in (0, 1)]
-            bound = _dearest(price.bound(kinds, automatic_writes=own != "anthropic") for price in prices)
+            bound = _dearest(price.bound(kinds, automatic_writes="claude" not in found[1].id) for price in prices)
         elif self._rules.unpriced == "deny":
             return None
         elif self._rules.unpriced == "allow":
@@ -348,9 +346,7 @@ class PriceBook:
                 pico_out = max(pico_out, *_levels(prices.output_mtok))
         if not pico_in and not pico_out and listed is not None:
             return self._ceiling(None, day)  # it lists no text model at all
-        return _Price(
-            bands=((0, _Band(input=_pico(pico_in), output=_pico(pico_out))),), flagged="ceiling", ceiling=True
-        )
+        return _Price(bands=((0, _Band(input=_pico(pico_in), output=_pico(pico_out))),), flagged="ceiling")
 
     # ------------------------------------------------------------ finding a price
 
@@ -408,9 +404,7 @@ class _Price:
     request: int = 0
     others: frozenset[str] = frozenset()
     flagged: str | None = None
-    ceiling: bool = False
     listed: tuple[Provider, ModelInfo] | None = None
-    dearest: tuple[Decimal, Decimal, Decimal] | None = None
     prices: tuple[ListedPrice, ...] = ()
 
     def linear(self, usage: Usage) -> int | None:
