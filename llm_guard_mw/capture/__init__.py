@@ -7,6 +7,8 @@ Clients are recognised by their shape: no SDK is imported here.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any, TypeVar
 
 from llm_guard_mw.capture import httpx
@@ -44,3 +46,13 @@ def _capture_google(api: Any) -> None:
             httpx.capture_client(client)
     if hasattr(api, "_get_aiohttp_session"):
         capture_sessions(api)
+
+
+class _CallableModule(ModuleType):
+    """`llm_guard_mw.capture` names a function and this package: it works whichever of the two an import finds."""
+
+    def __call__(self, client: Client) -> Client:
+        return capture(client)
+
+
+sys.modules[__name__].__class__ = _CallableModule
