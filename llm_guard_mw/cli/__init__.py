@@ -7,11 +7,9 @@ Rule 3. `events`, `report` and `verify` drain the journal first, and run beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -243,17 +241,30 @@ def _show_verification(found: Verification) -> None:
 # ---------------------------------------------------------------- the demo
 
 
-def demo(form: Output = Format.TABLE) -> None:
-    """Guard a few hundred real SDK calls until budgets bite, and show what is left to read."""
-    run: Callable[[Format], int] = import_module(_DEMO).run
-    raise typer.Exit(run(form))
+@app.command()
+def demo(
+    calls: Annotated[int, typer.Option(min=1, max=10_000, help="How many requests are sent.")] = 300,
+    seed: Annotated[int, typer.Option(help="The same seed asks the same.")] = 1,
+    keep: Annotated[Path | None, typer.Option(help="A folder for the configuration and the books to stay in.")] = None,
+    form: Output = Format.TABLE,
+) -> None:
+    """Let a few people spend in an example app until budgets bite, and show the books. Needs no key."""
+    from llm_guard_mw.cli.demo.stage import DemoFailed, missing_packages
 
+    missing = missing_packages()
+    if missing:
+        _fail(f"the demo needs {', '.join(missing)}: pip install 'llm_guard_mw[demo]'")
+    from llm_guard_mw.cli.demo.outcome import as_record, play
+    from llm_guard_mw.cli.demo.show import show
 
-#: The demo's own module gives `run(form) -> exit code`. It imports web frameworks and SDKs, so that it is not
-#: imported before somebody wants it.
-_DEMO = "llm_guard_mw.cli.demo.command"
-if find_spec(_DEMO) is not None:
-    app.command()(demo)
+    _configure_logs()
+    try:
+        outcome = play(calls, seed, keep)
+    except DemoFailed as error:
+        _fail(str(error))
+    write_record(as_record(outcome), form, lambda: show(outcome, keep), rows="spent")
+    if not outcome.good:
+        raise typer.Exit(FINDING)
 
 
 # ---------------------------------------------------------------- around a command
