@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import orjson
-import structlog
 
 from llm_guard_mw.errors import ConfigError, IdentityError, Mistake
 from llm_guard_mw.http import HttpRequest
+from llm_guard_mw.logs import log
 
 if TYPE_CHECKING:
     from jwt import PyJWS
@@ -54,8 +54,6 @@ KEY_TYPES = {
     **dict.fromkeys(("ES256", "ES256K", "ES384", "ES512"), "EC"),
     "EdDSA": "OKP",
 }
-
-log = structlog.get_logger("llm_guard")
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,11 +34,11 @@ from typing import Any, Literal, get_args
 from uuid import UUID
 
 import orjson
-import structlog
 
 from llm_guard_mw.bearer import BearerReader, JWTRules, jwt_mistakes
 from llm_guard_mw.errors import ConfigError, GuardError, IdentityError, Mistake
 from llm_guard_mw.http import HttpRequest
+from llm_guard_mw.logs import log
 from llm_guard_mw.model import Principal, Tags
 
 __all__ = [
@@ -62,8 +62,6 @@ KINDS = ("jwt", "scope", "session", "state", "header", "cookie")
 
 ANONYMOUS_USER = "anonymous"
 ADDRESS_PREFIX = "ip:"
-
-log = structlog.get_logger("llm_guard")
 
 
 @dataclass(frozen=True, slots=True)

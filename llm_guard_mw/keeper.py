@@ -19,12 +19,14 @@ from dataclasses import dataclass
 
 from llm_guard_mw.desk import Desk
 from llm_guard_mw.errors import GuardError
+from llm_guard_mw.estimate import load_vocabularies
 from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.logs import log
 from llm_guard_mw.stores.protocol import Settled
 
 TICK_SECONDS = 0.25
-DRAIN_BATCH = 500
+#: Small, since the ledger may share the store's file: 100 entries lock it for about 10 ms.
+DRAIN_BATCH = 100
 PRUNE_SECONDS = 3600.0
 
 #: After a failed drain the ledger is left alone for this long, doubled at each further failure.
@@ -90,6 +92,7 @@ class Keeper:
             self._stopping.clear()
 
     def _run(self) -> None:
+        self._warm_up()
         while not self._stopping.wait(TICK_SECONDS):
             now = time.monotonic()
             for duty in self.duties:
@@ -98,6 +101,15 @@ class Keeper:
         for duty in self.duties:
             if duty.name in ("retry", "refusals", "drain"):
                 self._do(duty)
+
+    def _warm_up(self) -> None:
+        """Read tables that the first request would otherwise wait for."""
+        try:
+            self.desk.prices.warm()
+            load_vocabularies()
+            self.desk.identifier.warm()
+        except Exception:
+            log.exception("keeper_failed", duty="warm_up")
 
     def _do(self, duty: _Duty) -> None:
         duty.due = time.monotonic() + duty.every

@@ -48,6 +48,10 @@ class _Log:
     def enabled(self, level: int) -> bool:
         return structlog.is_configured() or _standard.isEnabledFor(level)
 
+    def debug(self, event: str, **fields: Any) -> None:
+        if self.enabled(logging.DEBUG):
+            self._logger().debug(event, **fields)
+
     def info(self, event: str, **fields: Any) -> None:
         if self.enabled(logging.INFO):
             self._logger().info(event, **fields)
@@ -117,7 +121,7 @@ def log_call(call: Call, status: int | None) -> None:
         fields["unguarded"] = True
     if call.would_refuse is not None:
         fields["would_refuse"] = call.would_refuse.code
-        fields["limit"] = call.would_refuse.shortfalls[0].limit
+        fields["limit"] = call.would_refuse.shortfalls[0].limit if call.would_refuse.shortfalls else None
     log.info("call", **fields)
 
 

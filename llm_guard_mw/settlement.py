@@ -139,7 +139,8 @@ def _verdict(
 
 
 def _may_count(exchange: Exchange, reading: Reading, ending: Ending) -> bool:
-    if reading.broken or reading.text is None or exchange.rates.hidden_output:
+    hidden = exchange.rates.hidden_output or exchange.asked.thinks
+    if reading.broken or reading.text is None or hidden:
         return False
     return ending == "cut" or (ending == "complete" and reading.ended)
 

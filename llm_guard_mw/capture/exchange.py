@@ -21,8 +21,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from queue import SimpleQueue
 
-import structlog
-
 from llm_guard_mw.call import Exchange
 from llm_guard_mw.capture.unasked import UnaskedUsage
 from llm_guard_mw.desk import Desk, Unguarded
@@ -37,12 +35,11 @@ from llm_guard_mw.http import (
     unavailable_answer,
     with_body_length,
 )
+from llm_guard_mw.logs import log
 from llm_guard_mw.metering import Meter, identify_api
 from llm_guard_mw.model import Asked, Reading, Refusal
 from llm_guard_mw.process import AsyncGuard, Guard
 from llm_guard_mw.settlement import Ending
-
-log = structlog.get_logger("llm_guard")
 
 
 @dataclass(frozen=True, slots=True)
