@@ -13,7 +13,6 @@ Rule 3. An error of ours before the grant follows `on_store_failure`; after it, 
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -21,8 +20,8 @@ from typing import Any
 
 from llm_guard_mw.call import Call, enter, leave
 from llm_guard_mw.desk import DoorEnding
-from llm_guard_mw.errors import GuardError, IdentityError, LimitExceeded, StoreUnavailable
-from llm_guard_mw.guard import AsyncGuard
+from llm_guard_mw.errors import IdentityError, LimitExceeded, StoreUnavailable
+from llm_guard_mw.guard import AsyncGuard, to_its_end
 from llm_guard_mw.http import (
     Answer,
     Headers,
@@ -109,9 +108,11 @@ class _Passage:
         if answer is not None:
             await _send_answer(send, answer)
             return
-        call = self.call
-        assert call is not None  # noqa: S101 - _open gives an answer or a call
         scope = _without(scope, self.installation.desk.identifier.headers_to_strip(request))
+        call = self.call
+        if call is None:
+            await self.app(scope, body.receive, send)
+            return
         # The scope is shared, not copied, from here on: late identity reads what the app writes into it.
         call.request = _http_request(scope, request.body, complete=request.body_complete)
         token = enter(call)
@@ -120,35 +121,39 @@ class _Passage:
             await self._run(scope, body.receive, call)
         finally:
             leave(token)
-            await _to_its_end(self.guard.close(call, self._ending()))
+            await to_its_end(self.guard.close(call, self._ending()))
 
     async def _open(self, request: HttpRequest) -> Answer | None:
-        """Open the call; an Answer when the request goes no further."""
-        api = self.route.api
+        """Open the call; an Answer when the request goes no further. Neither call nor Answer: it passes unguarded."""
+        api, call_id = self.route.api, ""
         try:
-            outcome = await self.guard.open(request, self.route)
+            call = await self.guard.call_for(request, self.route)
+            call_id = call.id
+            outcome = await self.guard.enter(call)
         except IdentityError as error:
             return identity_answer(error, api=api)
         except StoreUnavailable as error:
             log.warning("store_away", step="reserve", reason=str(error))
-            return unavailable_answer(error, api=api)
+            return unavailable_answer(error, api=api, call_id=call_id)
+        except Exception:
+            log.exception("door_failed", route=self.route.name)
+            if self.installation.desk.lets_pass(self.route):
+                return None
+            return unavailable_answer(StoreUnavailable("the guard failed before the grant"), api=api, call_id=call_id)
         if isinstance(outcome, Refusal):
-            return refusal_answer(outcome)
+            return refusal_answer(outcome, headers=ratelimit_headers(_quotas(call)))
         self.call = outcome
         return None
 
     async def _run(self, scope: Scope, receive: Receive, call: Call) -> None:
         try:
             await self.app(scope, receive, self._send)
-        except LimitExceeded as error:
-            if self.started:
-                raise
-            await self._replace(error.refusal)
-        except Exception:
+        except Exception as error:
             # Whatever the app made of a refused SDK call, its caller should hear of the refusal.
-            if self.started or call.refusal is None:
+            answer = self._instead(error)
+            if self.started or answer is None:
                 raise
-            await self._replace(call.refusal)
+            await self._replace(answer)
         else:
             if self.held_start is not None and not self.replaced:
                 await self._send_start()
@@ -160,9 +165,9 @@ class _Passage:
         if kind == "http.response.start":
             self.held_start = message
             self.status = message["status"]
-            refusal = self.call.refusal if self.call is not None else None
-            if refusal is not None and self.status == _FAILED:
-                await self._replace(refusal)
+            answer = self._instead() if self.status == _FAILED else None
+            if answer is not None:
+                await self._replace(answer)
             return
         if kind == "http.response.body":
             if self.held_start is not None:
@@ -189,14 +194,28 @@ class _Passage:
         self.started = True
         await self.downstream({**start, "headers": [*start.get("headers", ()), *_our_headers(self.call)]})
 
-    async def _replace(self, refusal: Refusal) -> None:
-        """Send our refusal instead of what the app made of it."""
+    def _instead(self, error: Exception | None = None) -> Answer | None:
+        """What our caller should hear instead of the app's failure, if that came of a refusal of ours."""
+        call, api = self.call, self.route.api
+        if call is None:
+            return None
+        failure = error if isinstance(error, LimitExceeded) else call.failure
+        if isinstance(failure, IdentityError):
+            return identity_answer(failure, api=api, call_id=call.id)
+        if isinstance(failure, StoreUnavailable):
+            return unavailable_answer(failure, api=api, call_id=call.id)
+        refusal = failure.refusal if isinstance(failure, LimitExceeded) else call.refusal
+        if refusal is None:
+            return None
+        # The route's own callers get the route's shape, whichever provider the app was talking to.
+        return refusal_answer(dataclasses.replace(refusal, api=api), headers=ratelimit_headers(_quotas(call)))
+
+    async def _replace(self, answer: Answer) -> None:
+        """Send our answer instead of the app's."""
         self.replaced, self.held_start = True, None
         self.started = self.ended = True
         if self.call is not None:
             self.call.decision = "reject"
-        # The route's own callers get the route's shape, whichever provider the app was talking to.
-        answer = refusal_answer(dataclasses.replace(refusal, api=self.route.api))
         self.status = answer.status
         await _send_answer(self.downstream, answer)
 
@@ -305,19 +324,6 @@ def _quotas(call: Call) -> Iterable[Quota]:
 async def _send_answer(send: Send, answer: Answer) -> None:
     await send({"type": "http.response.start", "status": answer.status, "headers": list(answer.headers)})
     await send({"type": "http.response.body", "body": answer.body})
-
-
-async def _to_its_end(work: Awaitable[None]) -> None:
-    """Wait for `work`; if we are cancelled meanwhile it goes on, and the cancellation is passed on after it."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait({task})
-        raise
-    except GuardError as error:
-        log.warning("close_failed", reason=str(error))
 
 
 # ---------------------------------------------------------------- neighbours

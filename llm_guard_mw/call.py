@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import msgspec
 
 from llm_guard_mw.balances import Limit
+from llm_guard_mw.errors import GuardError
 from llm_guard_mw.http import HttpRequest
 from llm_guard_mw.metering import read_usage
 from llm_guard_mw.model import Asked, Decision, Principal, Rates, Refusal, Tags, Usage, UsageEvent
@@ -133,6 +134,7 @@ class Call:
     standings: dict[str, tuple[Limit, Standing]] = field(default_factory=dict)  # the latest seen, by limit slug
     captures: int = 0  # how often a capture asked, granted or refused
     refusal: Refusal | None = None  # the latest one a capture got
+    failure: GuardError | None = None  # why a capture could not even be refused: nobody is known, the store is away
     would_refuse: Refusal | None = None  # observe mode: what enforce would have said
     decision: Decision = "allow"
     events: list[UsageEvent] = field(default_factory=list)  # settled so far, without those of refusals

@@ -13,12 +13,12 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from llm_guard_mw import settlement
 from llm_guard_mw.balances import Limit, ScopeValues
 from llm_guard_mw.call import Call, Exchange, Record, current_call, new_call_id
-from llm_guard_mw.errors import GuardError, LimitExceeded, StoreUnavailable
+from llm_guard_mw.errors import GuardError, IdentityError, LimitExceeded, StoreUnavailable
 from llm_guard_mw.estimate import describe
 from llm_guard_mw.http import HttpRequest
 from llm_guard_mw.identity import Identifier, Late, read_tags
@@ -26,6 +26,7 @@ from llm_guard_mw.logs import log, log_call
 from llm_guard_mw.model import (
     Asked,
     EntryKind,
+    Kind,
     Principal,
     Rates,
     Reading,
@@ -94,6 +95,11 @@ class _Attempt:
     answer: Exchange | Refusal | Unguarded = Unguarded()
 
 
+@dataclass(slots=True)
+class _Asking:
+    answer: Principal | Late = field(default_factory=lambda: Late("nobody is known"))
+
+
 class Desk:
     """One a process, made by `process`; safe to use from many threads."""
 
@@ -153,8 +159,21 @@ class Desk:
         parent_id = outer.id if outer is not None else None
         return Call(id=new_call_id(), principal=principal, tags=said, route=None, till=self, parent_id=parent_id)
 
-    def identified(self, call: Call, principal: Principal) -> None:
+    @contextmanager
+    def asking(self) -> Iterator[_Asking]:
+        """Who is calling? Nobody raises IdentityError, but not while observing, which refuses nobody."""
+        asking = _Asking()
+        try:
+            yield asking
+        except IdentityError as error:
+            if not self.observing:
+                raise
+            log.warning("would_refuse", code="unauthenticated", reason=str(error))
+
+    def identified(self, call: Call, principal: Principal | Late) -> None:
         """A late source has answered: from now on the call has a name."""
+        if isinstance(principal, Late):
+            return
         with call.lock:
             call.principal = principal if principal.tier else replace(principal, tier=call.principal.tier)
             call.identified = True
@@ -202,7 +221,7 @@ class Desk:
         if asked.model is None:
             return Rates(None, asked.provider, 0, 0, self.prices.price_version)
         try:
-            return self.prices.rates(asked.provider, asked.model, asked.service_tier)
+            return self.prices.rates(asked.provider, asked.model, asked.service_tier, kinds=asked.kinds)
         except Unpriced:
             return Rates(asked.model, asked.provider, 0, 0, self.prices.price_version, flagged="unpriced")
 
@@ -236,13 +255,14 @@ class Desk:
         """The exchange of a real request, as if exchange 0's money were gone."""
         limits = self._limits(call)
         refusal = refuse_unbounded(self.policy, call, asked, limits, self.store.engine.clock())
-        if refusal is not None:
-            return self._refused(call, refusal, call.next_number())
         try:
-            rates = self.prices.rates(asked.provider, asked.model, asked.service_tier)
+            rates = self.prices.rates(asked.provider, asked.model, asked.service_tier, kinds=asked.kinds)
         except Unpriced as error:
-            refusal = _unpriced(call, asked, str(error), limits, self.store.engine.clock())
+            rates = Rates(asked.model, asked.provider, 0, 0, self.prices.price_version, flagged="unpriced")
+            refusal = refusal or _unpriced(call, asked, str(error), limits, self.store.engine.clock())
+        if refusal is not None and not self.observing:
             return self._refused(call, refusal, call.next_number())
+        call.would_refuse = refusal or call.would_refuse
         claim = claim_of_request(self.policy, call, asked, rates)
         door = call.door
         return self._plan(call, claim, takes=door.id if door is not None else None)
@@ -253,9 +273,24 @@ class Desk:
             if outcome.granted.took:
                 self.open.pop(f"{call.id}/0", None)
             self.open[outcome.id] = outcome
-        elif isinstance(outcome, Refusal):
+        else:
+            call.unguarded |= isinstance(outcome, Unguarded)
             self.settled(call)
         return outcome
+
+    @contextmanager
+    def opening(self, call: Call) -> Iterator[None]:
+        """On the way to a grant: what goes wrong is remembered for the door, and a call that never opens is gone."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, GuardError):
+                call.failure = error
+            if call.detached or call.id not in self.calls:
+                call.closed = True
+                self.calls.pop(call.id, None)
+                self.store.close_call_soon(call.id, lambda _error: None)
+            raise
 
     def _plan(self, call: Call, claim: Claim, takes: str | None = None) -> Plan:
         model = UNKNOWN_MODEL if claim.asked.model and claim.rates.flagged else claim.asked.model
@@ -275,16 +310,39 @@ class Desk:
         """Whoever goes away while the store is asked (a cancelled task) takes the hold with it."""
         attempt = _Attempt()
         try:
-            yield attempt
-        except StoreUnavailable as error:
-            route = wish.call.route
-            rule = (route.on_store_failure if route is not None else None) or self.policy.on_store_failure
-            if rule != "allow":
-                raise
-            log.warning("unguarded", reason=str(error), call_id=wish.call.id)
+            with self.letting_pass(wish.call):
+                yield attempt
+        except StoreUnavailable:
+            raise
         except BaseException:
             self.settle_soon(settlement.undo(wish.wish.exchange, wish.call, wish.draft))
+            # Whoever closes the call frees what it may have joined.
+            joined = [demand.balance for demand in wish.wish.offers[0].demands if demand.kind is Kind.CONCURRENT]
+            wish.call.claimed.update(joined)
             raise
+
+    @contextmanager
+    def letting_pass(self, call: Call) -> Iterator[None]:
+        """A store that is away stops the call, unless the rules say that it passes unguarded then."""
+        try:
+            yield
+        except StoreUnavailable as error:
+            if not self.lets_pass(call.route):
+                raise
+            log.warning("unguarded", reason=str(error), call_id=call.id)
+
+    def lets_pass(self, route: Route | None) -> bool:
+        """Whether what cannot be guarded passes: so says `on_store_failure`, and so it is while observing."""
+        rule = (route.on_store_failure if route is not None else None) or self.policy.on_store_failure
+        return rule == "allow" or self.observing
+
+    @property
+    def observing(self) -> bool:
+        return self.policy.mode == "observe"
+
+    @property
+    def new_values_max(self) -> int:
+        return self.policy.new_scope_values
 
     # ------------------------------------------------------------ limits, scopes, values
 
@@ -462,7 +520,7 @@ class Desk:
 
     def _refused(self, call: Call, refusal: Refusal, number: int) -> Refusal:
         """Remember a refusal for the door, and give it an event, alone or summed with others."""
-        call.refusal = refusal
+        call.refusal, call.failure = refusal, None
         with self._lock:
             count = self._refusals.setdefault(call.principal, _RefusalCount())
             alone = count.may_tell(time.monotonic())

@@ -1,6 +1,7 @@
 """The guard: the straight path of a guarded call. START READING HERE.
 
-    open      a door opens a call: who is it, what counts, hold exchange 0           reservation.plan, store, read
+    call_for  a door asks who is calling, and what counts                            identity, policy
+    enter     the call is opened: hold exchange 0                                    reservation.plan, store, read
     begin     a capture opens an exchange: it takes exchange 0 over, or stands alone  the same
     finish    the exchange's bytes have ended: what it used, settle                   settlement.close, store
     close     the call is over: exchange 0, what the app recorded, concurrency
@@ -16,12 +17,15 @@ Rule 3. Every exchange that was granted is closed, whatever happens to the task 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 from llm_guard_mw.call import Call, Exchange, enter, leave
 from llm_guard_mw.desk import Desk, DoorEnding, Unguarded
 from llm_guard_mw.errors import GuardError, LimitExceeded
 from llm_guard_mw.http import HttpRequest
+from llm_guard_mw.logs import log
 from llm_guard_mw.model import Asked, Principal, Reading, Refusal
 from llm_guard_mw.policy import Route
 from llm_guard_mw.reservation import Plan
@@ -36,23 +40,29 @@ class Guard:
         self.desk = desk
         self.store = desk.store
 
-    def open(self, request: HttpRequest, route: Route) -> Call | Refusal:
-        """Open a call for a request to a guarded route. Raises IdentityError and StoreUnavailable."""
-        return self.enter(self.desk.start(request, route, self.desk.identifier.identify(request)))
+    def call_for(self, request: HttpRequest, route: Route) -> Call:
+        """The call that a request to a guarded route makes; nothing is held yet. Raises IdentityError."""
+        with self.desk.asking() as asking:
+            asking.answer = self.desk.identifier.identify(request)
+        return self.desk.start(request, route, asking.answer)
 
     def enter(self, call: Call) -> Call | Refusal:
-        """Hold exchange 0 of a call that has a name already."""
-        self._admit(call)
-        return self.desk.opened(call, self._reserve(self.desk.plan_door(call)))
+        """Hold exchange 0 of a call. Raises StoreUnavailable."""
+        with self.desk.opening(call):
+            self._admit(call)
+            return self.desk.opened(call, self._reserve(self.desk.plan_door(call)))
 
     def begin(self, asked: Asked) -> Exchange | Refusal | Unguarded:
         """Open an exchange for a real request to a provider, within the current call if there is one."""
         call = self.desk.call_of_capture()
-        if not call.identified and call.request is not None:
-            self.desk.identified(call, self.desk.identifier.settle_late(call.request))
-        self._admit(call)
-        plan = self.desk.plan_request(call, asked)
-        return self.desk.begun(call, plan if isinstance(plan, Refusal) else self._reserve(plan))
+        with self.desk.opening(call):
+            if not call.identified and call.request is not None:
+                with self.desk.asking() as asking:
+                    asking.answer = self.desk.identifier.settle_late(call.request)
+                self.desk.identified(call, asking.answer)
+            self._admit(call)
+            plan = self.desk.plan_request(call, asked)
+            return self.desk.begun(call, plan if isinstance(plan, Refusal) else self._reserve(plan))
 
     def finish(self, exchange: Exchange, reading: Reading | None, *, status: int | None, ending: Ending) -> None:
         """The exchange's bytes have ended. Closing twice changes nothing; no error comes out."""
@@ -72,7 +82,8 @@ class Guard:
 
     def _admit(self, call: Call) -> None:
         for stranger in self.desk.strangers(call):
-            self.desk.met(stranger, self.store.admit(*stranger, self.desk.today(), self.desk.policy.new_scope_values))
+            with self.desk.letting_pass(call):
+                self.desk.met(stranger, self.store.admit(*stranger, self.desk.today(), self.desk.new_values_max))
 
     def _reserve(self, plan: Plan) -> Exchange | Refusal | Unguarded:
         with self.desk.undoing(plan) as attempt:
@@ -112,23 +123,29 @@ class AsyncGuard:
         self.desk = desk
         self.store = desk.async_store
 
-    async def open(self, request: HttpRequest, route: Route) -> Call | Refusal:
-        """Open a call for a request to a guarded route. Raises IdentityError and StoreUnavailable."""
-        return await self.enter(self.desk.start(request, route, await self.desk.identifier.aidentify(request)))
+    async def call_for(self, request: HttpRequest, route: Route) -> Call:
+        """The call that a request to a guarded route makes; nothing is held yet. Raises IdentityError."""
+        with self.desk.asking() as asking:
+            asking.answer = await self.desk.identifier.aidentify(request)
+        return self.desk.start(request, route, asking.answer)
 
     async def enter(self, call: Call) -> Call | Refusal:
-        """Hold exchange 0 of a call that has a name already."""
-        await self._admit(call)
-        return self.desk.opened(call, await self._reserve(self.desk.plan_door(call)))
+        """Hold exchange 0 of a call. Raises StoreUnavailable."""
+        with self.desk.opening(call):
+            await self._admit(call)
+            return self.desk.opened(call, await self._reserve(self.desk.plan_door(call)))
 
     async def begin(self, asked: Asked) -> Exchange | Refusal | Unguarded:
         """Open an exchange for a real request to a provider, within the current call if there is one."""
         call = self.desk.call_of_capture()
-        if not call.identified and call.request is not None:
-            self.desk.identified(call, await self.desk.identifier.asettle_late(call.request))
-        await self._admit(call)
-        plan = self.desk.plan_request(call, asked)
-        return self.desk.begun(call, plan if isinstance(plan, Refusal) else await self._reserve(plan))
+        with self.desk.opening(call):
+            if not call.identified and call.request is not None:
+                with self.desk.asking() as asking:
+                    asking.answer = await self.desk.identifier.asettle_late(call.request)
+                self.desk.identified(call, asking.answer)
+            await self._admit(call)
+            plan = self.desk.plan_request(call, asked)
+            return self.desk.begun(call, plan if isinstance(plan, Refusal) else await self._reserve(plan))
 
     async def finish(self, exchange: Exchange, reading: Reading | None, *, status: int | None, ending: Ending) -> None:
         """The exchange's bytes have ended. Closing twice changes nothing; no error comes out."""
@@ -148,9 +165,8 @@ class AsyncGuard:
 
     async def _admit(self, call: Call) -> None:
         for stranger in self.desk.strangers(call):
-            self.desk.met(
-                stranger, await self.store.admit(*stranger, self.desk.today(), self.desk.policy.new_scope_values)
-            )
+            with self.desk.letting_pass(call):
+                self.desk.met(stranger, await self.store.admit(*stranger, self.desk.today(), self.desk.new_values_max))
 
     async def _reserve(self, plan: Plan) -> Exchange | Refusal | Unguarded:
         with self.desk.undoing(plan) as attempt:
@@ -204,7 +220,7 @@ class UserBlock:
 
     async def __aexit__(self, *raised: object) -> None:
         leave(self.token)
-        await AsyncGuard(self.desk).close(self.call, DoorEnding())
+        await to_its_end(AsyncGuard(self.desk).close(self.call, DoorEnding()))
 
     def _entered(self, outcome: Call | Refusal) -> Call:
         if isinstance(outcome, Refusal):
@@ -212,3 +228,32 @@ class UserBlock:
         self.call = outcome
         self.token = enter(outcome)
         return outcome
+
+
+async def to_its_end(closing: Coroutine[Any, Any, None]) -> None:
+    """Close, whatever becomes of the task that closes: a cancellation is passed on, and the closing goes on.
+
+    What is cancelled by a scope (anyio's) is cancelled again at each of its awaits, so nothing may be left to them.
+    An error of ours ends in the log: the caller has its answer.
+    """
+    task = asyncio.ensure_future(closing)
+    _closing.add(task)
+    task.add_done_callback(_closed)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait({task})
+        raise
+    except Exception:  # noqa: S110 - `_closed` has logged it
+        pass
+
+
+#: A loop itself holds no reference to its tasks.
+_closing: set[asyncio.Task[None]] = set()
+
+
+def _closed(task: asyncio.Task[None]) -> None:
+    _closing.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("close_failed", exc_info=error)

@@ -123,7 +123,7 @@ def claim_at_door(policy: Policy, call: Call, asked: Asked, rates: Rates) -> Cla
         rates=rates,
         input_tokens=input_tokens,
         cap=cap,
-        at_least=_at_least(policy, rates, cap),
+        at_least=_at_least(policy, asked, rates, cap),
         cap_is_ours=False,
         known=asked.model is not None,
     )
@@ -146,9 +146,9 @@ def claim_of_request(policy: Policy, call: Call, asked: Asked, rates: Rates) -> 
     return Claim(
         asked=asked,
         rates=rates,
-        input_tokens=input_tokens,
+        input_tokens=_within_window(input_tokens, rates),
         cap=cap,
-        at_least=_at_least(policy, rates, cap),
+        at_least=_at_least(policy, asked, rates, cap),
         cap_is_ours=asked.cap is None and asked.output,
     )
 
@@ -159,9 +159,23 @@ def claim_of_charge(credits: int, provider: str | None, price_version: str) -> C
     return Claim(Asked(provider=provider, output=False), rates, 0, 0, 0, cap_is_ours=False, credits=credits)
 
 
-def _at_least(policy: Policy, rates: Rates, cap: int) -> int:
-    """How far the store may lower the cap near the end of a budget. Hidden output would be cut off unseen."""
-    return cap if rates.hidden_output else min(cap, policy.min_output_tokens)
+def _within_window(input_tokens: int, rates: Rates) -> int:
+    """A provider refuses what is longer than its context window, whatever our estimate says."""
+    return input_tokens if rates.context_window is None else min(input_tokens, rates.context_window)
+
+
+def _at_least(policy: Policy, asked: Asked, rates: Rates, cap: int) -> int:
+    """How far the store may lower the cap near the end of a budget.
+
+    Not at all where output is hidden, which would be cut off unseen, nor where the request has no field for it.
+    """
+    if rates.hidden_output or asked.thinks or asked.api in _WITHOUT_CAP:
+        return cap
+    return min(cap, policy.min_output_tokens)
+
+
+#: What they may write is bounded by rule (seconds, images), not by a number in the request.
+_WITHOUT_CAP = frozenset({"openai.audio", "openai.speech", "openai.images", "mistral.ocr"})
 
 
 def plan(
@@ -381,7 +395,7 @@ def _shortfall(limit: Limit, demand: Demand, at_least: int, standing: Standing, 
 def refuse_unbounded(policy: Policy, call: Call, asked: Asked, limits: Sequence[Limit], at: int) -> Refusal | None:
     """A request that no bound can be told of, under a budget that is enforced: refused unless the policy allows it."""
     budgets = [limit for limit in limits if limit.is_budget]
-    if asked.unbounded is None or policy.unbounded == "allow" or not budgets or policy.mode == "observe":
+    if asked.unbounded is None or policy.unbounded == "allow" or not budgets:
         return None
     limit = budgets[0]
     ceiling = limit.ceiling()
