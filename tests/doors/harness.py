@@ -223,7 +223,7 @@ class Sent:
 
 
 class Door:
-    """What all doors have in common: the provider's clients, the books, and the claims that hold after every scenario."""
+    """What all doors have in common: the clients, the books, and what holds after every scenario."""
 
     name = ""
 

@@ -192,22 +192,23 @@ def test_an_answer_in_a_providers_shape_is_metered_without_capture(door: Open, b
 
 
 def test_a_spent_budget_is_refused_at_the_door(door: Open) -> None:
-    route = {"limits": ["$0.00004/day per user"], "model": "gpt-4o-mini", "max_output_tokens": 50}
+    route = {"limits": ["$0.00006/day per user"], "model": "gpt-4o-mini", "max_output_tokens": 50}
     opened = door({"/api/chat": [Ask()]}, route=route)
-    assert opened.request(json={"q": "?"}).status == 200
+    replies = [opened.request(json={"q": "?"}) for _ in range(4)]
 
-    refused = opened.request(json={"q": "?"})
+    refused = replies[-1]
 
+    assert replies[0].status == 200
     assert refused.status == 429
     assert refused.headers["content-type"] == "application/problem+json"
     assert refused.headers["x-llm-guard-decision"] == "reject"
     assert refused.headers["x-should-retry"] == "false"
     assert int(refused.headers["retry-after"]) <= 86_400
-    assert 'q=40;llm-guard-unit="micro-usd";w=86400' in refused.headers["ratelimit-policy"]
-    assert '"usd-day-user";r=25;' in refused.headers["ratelimit"]
+    assert 'q=60;llm-guard-unit="micro-usd";w=86400' in refused.headers["ratelimit-policy"]
+    assert re.search('"usd-day-user";r=[0-9]+;t=', refused.headers["ratelimit"])
     problem = refused.json()
     assert problem["code"] == "budget_spent"
-    assert problem["limit"] == "$0.00004/day per user"
+    assert problem["limit"] == "$0.00006/day per user"
     assert problem["violated-policies"] == ["usd-day-user"]
 
 
@@ -779,19 +780,37 @@ def test_a_tier_has_limits_of_its_own(door: Open) -> None:
 # ---------------------------------------------------------------- prices, modes
 
 
-@pytest.mark.parametrize(
-    ("rule", "status", "cost"), [("ceiling", 200, True), ("deny", 429, None), ("allow", 200, None)]
-)
-def test_a_model_without_a_price_follows_the_rule(door: Open, rule: str, status: int, cost: bool | None) -> None:
-    opened = door({"/api/chat": [Ask(model="nobody-knows-it")]}, route={"limits": [RICH]}, prices={"unpriced": rule})
+def unpriced(door: Open, rule: str) -> Door:
+    return door({"/api/chat": [Ask(model="nobody-knows-it")]}, route={"limits": [RICH]}, prices={"unpriced": rule})
 
-    reply = opened.request()
 
-    assert reply.status == status
-    settled = opened.settled()
-    assert [bool(event["cost_nanos"]) or event["cost_nanos"] for event in settled] == ([] if status == 429 else [cost])
-    assert all(event["exact"] is False for event in settled)
-    assert bool(opened.spent()) is (cost is True)
+def test_a_model_without_a_price_costs_the_dearest_there_is(door: Open) -> None:
+    opened = unpriced(door, "ceiling")
+
+    assert opened.request().status == 200
+
+    [event] = opened.settled()
+    assert event["cost_nanos"] == opened.spent() > 14_550
+    assert event["exact"] is False
+
+
+def test_a_model_without_a_price_is_refused_where_the_rule_says_so(door: Open) -> None:
+    opened = unpriced(door, "deny")
+
+    assert opened.request().status == 429
+
+    assert opened.provider.arrived == 0
+    assert opened.settled() == []
+
+
+def test_a_model_without_a_price_passes_at_an_unknown_cost_where_the_rule_says_so(door: Open) -> None:
+    opened = unpriced(door, "allow")
+
+    assert opened.request().status == 200
+
+    [event] = opened.settled()
+    assert (event["cost_nanos"], event["exact"]) == (None, False)
+    assert (event["input_tokens"], event["output_tokens"]) == opened.served()[0]
 
 
 def test_observing_blocks_nothing_and_says_what_it_would_have(door: Open, caplog: pytest.LogCaptureFixture) -> None:
