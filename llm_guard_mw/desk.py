@@ -160,15 +160,16 @@ class Desk:
         return Call(id=new_call_id(), principal=principal, tags=said, route=None, till=self, parent_id=parent_id)
 
     @contextmanager
-    def asking(self) -> Iterator[_Asking]:
+    def asking(self, *, needed: bool = True) -> Iterator[_Asking]:
         """Who is calling? Nobody raises IdentityError, but not while observing, which refuses nobody."""
         asking = _Asking()
         try:
             yield asking
         except IdentityError as error:
-            if not self.observing:
+            if needed and not self.observing:
                 raise
-            log.warning("would_refuse", code="unauthenticated", reason=str(error))
+            if needed:
+                log.warning("would_refuse", code="unauthenticated", reason=str(error))
 
     def identified(self, call: Call, principal: Principal | Late) -> None:
         """A late source has answered: from now on the call has a name."""
@@ -183,6 +184,21 @@ class Desk:
         asked = self._asked_at_door(call)
         claim = claim_at_door(self.policy, call, asked, self._rates_at_door(asked))
         return self._plan(call, claim)
+
+    def plan_named(self, call: Call, who: Principal | Late) -> Plan | None:
+        """Exchange 0 once more, on the balances of a caller who is known only now. It has run: nothing refuses it."""
+        self.identified(call, who)
+        door = call.door
+        if not call.identified or door is None:
+            return None
+        again = self._plan(call, claim_at_door(self.policy, call, door.asked, door.rates), takes=door.id)
+        return replace(again, wish=replace(again.wish, force=True))
+
+    def named(self, call: Call, outcome: Exchange | Refusal | Unguarded) -> None:
+        """From here on that one is exchange 0."""
+        if isinstance(outcome, Exchange):
+            self.open.pop(f"{call.id}/0", None)
+            self.open[outcome.id] = call.door = outcome
 
     def opened(self, call: Call, outcome: Exchange | Refusal | Unguarded) -> Call | Refusal:
         """The call is open if its exchange 0 is."""

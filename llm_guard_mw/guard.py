@@ -73,12 +73,23 @@ class Guard:
 
     def close(self, call: Call, ending: DoorEnding) -> None:
         """The call is over, after its background tasks."""
+        if not call.identified and call.request is not None:
+            self._name(call, call.request)
         for closing in self.desk.closings(call, ending):
             self._settle(closing)
         if call.claimed:
             with self.desk.tolerant("close_call"):
                 self.store.close_call(call.id)
         self.desk.closed(call, ending)
+
+    def _name(self, call: Call, request: HttpRequest) -> None:
+        """Nothing was captured, so nobody was asked who is calling; what the call used is somebody's all the same."""
+        with self.desk.asking(needed=False) as asking:
+            asking.answer = self.desk.identifier.settle_late(request)
+        plan = self.desk.plan_named(call, asking.answer)
+        if plan is not None:
+            with self.desk.tolerant("name"):
+                self.desk.named(call, self._reserve(plan))
 
     def _admit(self, call: Call) -> None:
         for stranger in self.desk.strangers(call):
@@ -156,12 +167,23 @@ class AsyncGuard:
 
     async def close(self, call: Call, ending: DoorEnding) -> None:
         """The call is over, after its background tasks."""
+        if not call.identified and call.request is not None:
+            await self._name(call, call.request)
         for closing in self.desk.closings(call, ending):
             await self._settle(closing)
         if call.claimed:
             with self.desk.tolerant("close_call"):
                 await self.store.close_call(call.id)
         self.desk.closed(call, ending)
+
+    async def _name(self, call: Call, request: HttpRequest) -> None:
+        """Nothing was captured, so nobody was asked who is calling; what the call used is somebody's all the same."""
+        with self.desk.asking(needed=False) as asking:
+            asking.answer = await self.desk.identifier.asettle_late(request)
+        plan = self.desk.plan_named(call, asking.answer)
+        if plan is not None:
+            with self.desk.tolerant("name"):
+                self.desk.named(call, await self._reserve(plan))
 
     async def _admit(self, call: Call) -> None:
         for stranger in self.desk.strangers(call):
