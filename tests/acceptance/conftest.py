@@ -1,0 +1,151 @@
+"""Real processes: uvicorn with its workers, a SQLite file, and a provider that keeps its own books."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from llm_guard_mw.cli.demo.standin import StandIn, running
+from llm_guard_mw.ledger import Ledger, Verification, verify
+from llm_guard_mw.stores import open_store
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_SECONDS = 30.0
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def provider() -> StandIn:
+    return StandIn()
+
+
+@pytest.fixture
+def provider_url(provider: StandIn) -> Iterator[str]:
+    with running(provider) as url:
+        yield url
+
+
+@dataclass
+class Served:
+    """An app served by uvicorn, and its books as another process sees them."""
+
+    url: str
+    database: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def verify(self) -> Verification:
+        with self._books() as (store, ledger):
+            return verify(store, ledger)
+
+    def events(self) -> list[dict[str, Any]]:
+        with self._books() as (store, ledger):
+            ledger.drain_all(store)
+            return sorted(ledger.events(), key=lambda row: (row["call_id"], row["attempt"], row["kind"]))
+
+    def spent(self, subject: str) -> int:
+        """What the balances of one subject have spent and hold."""
+        with self._books() as (store, _):
+            return sum(x.spent + x.held for x in store.balances("", 1000) if x.balance.startswith(f"{subject}|"))
+
+    @contextlib.contextmanager
+    def _books(self) -> Iterator[tuple[Any, Ledger]]:
+        store, ledger = open_store(self.database), Ledger(self.database)
+        try:
+            yield store, ledger
+        finally:
+            ledger.close()
+            store.close()
+
+
+def until(claim: Callable[[], Any], what: str, seconds: float = DEADLINE_SECONDS) -> Any:
+    """What `claim` gives once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := claim()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def serve(tmp_path: Path, provider_url: str) -> Iterator[Callable[..., Served]]:
+    """Serve `app.py` with this configuration by so many workers: `serve(3, limits=[...])`."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(workers: int, **config: str) -> Served:
+        database = f"sqlite:///{tmp_path / 'guard.db'}"
+        lines = [
+            f'store = "{database}"',
+            f'ledger = "{database}"',
+            *(f"{key} = {text}" for key, text in config.items()),
+        ]
+        lines += ["[identity]", 'user = ["header:x-user-id"]', 'tenant = ["header:x-tenant-id"]']
+        lines += ['trusted_proxies = ["127.0.0.1"]']
+        for name in ("chat", "stream"):
+            lines += ["[[routes]]", f'path = "/api/{name}"', f'name = "{name}"', f'feature = "{name}"']
+        path = tmp_path / "llm_guard.toml"
+        path.write_text("\n".join(lines) + "\n")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        log = tmp_path / "uvicorn.log"
+        command = [sys.executable, "-m", "uvicorn", "tests.acceptance.app:app", "--port", str(port)]
+        environment = {**os.environ, "LLM_GUARD_CONFIG": str(path), "PROVIDER_URL": provider_url}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, "--workers", str(workers), "--log-level", "warning", "--no-proxy-headers"],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # so that all its workers can be ended, and nobody else
+            )
+        processes.append(process)
+        served = Served(f"http://127.0.0.1:{port}", database, process, log)
+        until(lambda: len(_workers(served)) == workers, "all workers answer")
+        return served
+
+    yield start
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+
+def _workers(served: Served) -> set[int]:
+    """The workers that answer, as far as a few connections show."""
+    pids = set()
+    for _ in range(24):
+        with contextlib.suppress(httpx2.TransportError):
+            pids.add(json.loads(httpx2.get(f"{served.url}/ready").content)["pid"])
+    return pids
+
+
+@pytest.fixture
+def figures(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Print past pytest's capture: these are the numbers that the issue asks for."""
+
+    def tell(title: str, **numbers: object) -> None:
+        with capsys.disabled():
+            print(f"\n{title}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in numbers.items()))
+
+    return tell
