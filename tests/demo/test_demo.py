@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from llm_guard_mw.cli.demo.outcome import Outcome, Sold, invoice
 from llm_guard_mw.cli.demo.standin import Row
 from llm_guard_mw.ledger import Verification
 
-CALLS = 150
+CALLS = 200
 
 
 def cli(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -157,6 +158,32 @@ def test_nothing_outlives_the_demo() -> None:
     assert not folder.exists()
 
 
+def test_a_demo_that_is_ended_takes_its_servers_with_it(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from llm_guard_mw.cli import app; app()",
+        "demo",
+        "--calls",
+        "9999",
+        "--keep",
+        "d",
+    ]
+    running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE)
+    books = tmp_path / "d" / stage.BOOKS
+    until = time.monotonic() + 60
+    while not books.exists() and time.monotonic() < until:
+        assert running.poll() is None
+        time.sleep(0.05)
+
+    running.terminate()
+
+    assert running.communicate(timeout=60)[0] == b""
+    assert running.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):  # nobody is left of its process group
+        os.killpg(running.pid, 0)
+
+
 def test_the_same_seed_asks_the_same() -> None:
     assert asks(100, 5) == asks(100, 5)
     assert asks(100, 5) != asks(100, 6)
@@ -205,6 +232,5 @@ def test_one_nano_dollar_or_one_call_amiss_is_a_finding(changes: dict[str, Any])
     assert not outcome(**changes).good
 
 
-def test_the_example_is_in_the_wheel_too() -> None:
-    assert (stage.example_app() / "main.py").is_file()
-    assert importlib.util.find_spec("llm_guard_mw.cli.demo.fastapi_app") is None  # a folder of files, no package
+def test_the_example_is_found() -> None:
+    assert {"main.py", "provider.py", "llm_guard.toml"} <= {path.name for path in stage.example_app().iterdir()}

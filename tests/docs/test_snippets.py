@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from llm_guard_mw import load_config, process
@@ -156,6 +157,25 @@ def run_call() -> None:
     client = capture(openai.OpenAI())
     with Guard().as_user(user="ada", feature="chat"):
         client.chat.completions.create(model="gpt-4o", max_tokens=9, messages=[{"role": "user", "content": "Why?"}])
+
+
+@pytest.mark.usefixtures("provider", "as_it_was")
+def test_observing_as_the_page_configures_it_refuses_nobody_and_says_who_would_be(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = ROOT / "docs/how-to/observe-first.md"
+    write(folder, next(snippet for snippet in snippets(page) if snippet.file == "llm_guard.toml"))
+    exec(snippets(ROOT / "README.md")[0].code, names := {})
+    caplog.set_level("INFO", "llm_guard")
+
+    with TestClient(names["app"]) as client:
+        answers = [client.post("/chat?text=Explain+the+tides+in+300+words") for _ in range(3)]
+        client.portal.call(names["client"].close)
+
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    calls = [json.loads(record.message) for record in caplog.records if '"event":"call"' in record.message]
+    assert {(call["would_refuse"], call["limit"]) for call in calls} == {("never_fits", "$0.002/day per user")}
+    assert len(list(books().events())) == 3
 
 
 # ---------------------------------------------------------------- sh

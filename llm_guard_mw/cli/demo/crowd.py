@@ -42,10 +42,10 @@ class Person:
 PEOPLE = (
     Person("ada", "acme", "pro", 12, {"chat": 5, "summarize": 1}, words=330),  # spends her chat's day
     Person("ben", "acme", "free", 14, {"chat": 3, "stream": 1}, words=100),  # spends his tier's day
-    Person("nightly", "acme", "pro", 24, {"summarize": 1}, words=2400, at_once=2),  # spends the tenant's month
+    Person("nightly", "acme", "pro", 28, {"summarize": 1}, words=2400, at_once=2),  # spends the tenant's month
     Person("cleo", "globex", "pro", 14, {"stream": 8, "chat": 1}, words=70),  # runs into requests a minute
     Person("dan", "globex", "free", 12, {"chat": 2, "stream": 1}, words=40, at_once=3),  # has three tabs open
-    Person("eve", "globex", "pro", 24, {"chat": 2, "stream": 1, "summarize": 2}, words=50),  # is never refused
+    Person("eve", "globex", "pro", 20, {"chat": 2, "stream": 1, "summarize": 2}, words=50),  # is never refused
 )
 
 

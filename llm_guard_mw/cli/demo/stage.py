@@ -11,10 +11,12 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +84,7 @@ def example_app() -> Path:
 def set_up(keep: Path | None = None) -> Iterator[Stage]:
     """Both servers, up and listening; gone at the end of the block. `keep`: a folder that the books stay in."""
     app, provider = example_app(), StandIn(_PACE)
-    with _folder(keep) as folder, running(provider, host=HOST) as url:
+    with _ending_in_order(), _folder(keep) as folder, running(provider, host=HOST) as url:
         books = f"sqlite:///{(folder / BOOKS).as_posix()}"
         config = Path(shutil.copy(app / "llm_guard.toml", folder))
         environ = {"LLM_GUARD_STORE": books, "LLM_GUARD_LEDGER": books}
@@ -94,6 +96,23 @@ def set_up(keep: Path | None = None) -> Iterator[Stage]:
             yield Stage(port, provider, config, environ, process)
         finally:
             _end(process)
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """A SIGTERM unwinds the block, or the app would go on without us."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
