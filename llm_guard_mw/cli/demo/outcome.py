@@ -13,7 +13,7 @@ from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
 from typing import Any
 
-from llm_guard_mw.cli.demo.crowd import PEOPLE, Answer, asks, drive
+from llm_guard_mw.cli.demo.crowd import Answer, asks, drive
 from llm_guard_mw.cli.demo.stage import HOST, Stage, set_up
 from llm_guard_mw.cli.demo.standin import Row
 from llm_guard_mw.config import load_config
@@ -186,8 +186,3 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
 
 def total_nanos(sold: Mapping[str, Sold]) -> int:
     return sum(each.cost_nanos for each in sold.values())
-
-
-def cast() -> tuple[int, int]:
-    """How many callers of how many tenants there are."""
-    return len(PEOPLE), len({person.tenant for person in PEOPLE})

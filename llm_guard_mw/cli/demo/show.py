@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from decimal import Decimal
 from pathlib import Path
 
 from llm_guard_mw.cli.demo.crowd import Answer
-from llm_guard_mw.cli.demo.outcome import Outcome, Sold, cast, total_nanos
-from llm_guard_mw.cli.output import console, dollars, show_table, visible
+from llm_guard_mw.cli.demo.outcome import Outcome, Sold, total_nanos
+from llm_guard_mw.cli.output import console, show_table, visible
+from llm_guard_mw.logs import dollars
 
 WIDTH = 96
 
@@ -23,9 +23,11 @@ client = capture(AsyncOpenAI())  # or AsyncAnthropic(), genai.Client(), ..."""
 
 
 def show(outcome: Outcome, kept: Path | None = None) -> None:
-    callers, tenants = cast()
+    callers = {answer.person for answer in outcome.answers}
+    tenants = {person.tenant for person in callers}
     _say(
-        f"{outcome.calls} requests by {callers} callers of {tenants} tenants in {outcome.seconds:.1f} s:"
+        f"{_some(outcome.calls, 'request')} by {_some(len(callers), 'caller')} of {_some(len(tenants), 'tenant')}"
+        f" in {outcome.seconds:.1f} s:"
         f" {outcome.statuses[200]} answered, {outcome.statuses[429]} refused.",
         style="bold",
     )
@@ -107,8 +109,7 @@ def _show_books(outcome: Outcome) -> None:
         _bad(f"The provider's list comes to {_money(served_nanos)}, our books to {_money(booked_nanos)}.")
     found = outcome.verification
     if found.ok:
-        holds = f"{found.open_holds} open {'hold' if found.open_holds == 1 else 'holds'}"
-        _good(f"verify: balances, holds, rows and sums agree; drift none, {holds}.")
+        _good(f"verify: balances, holds, rows and sums agree; drift none, {_some(found.open_holds, 'open hold')}.")
     else:
         _bad(f"verify: {len(found.findings)} findings, drift {_money(found.drift_nanos)}.")
     if not outcome.complete:
@@ -120,7 +121,11 @@ def _figures(sold: Sold) -> tuple[int, int, int, int]:
 
 
 def _money(nanos: int) -> str:
-    return dollars(Decimal(nanos).scaleb(-9))
+    return f"${dollars(nanos)}"
+
+
+def _some(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _show_way_on(kept: Path | None) -> None:
