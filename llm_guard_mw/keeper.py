@@ -33,6 +33,9 @@ PRUNE_SECONDS = 3600.0
 LEDGER_REST_SECONDS = 1.0
 LEDGER_REST_MAX_SECONDS = 30.0
 
+#: How long a fork waits for the duty at hand; the longest ones import a library or write a batch.
+FORK_WAIT_SECONDS = 5.0
+
 
 @dataclass(slots=True)
 class _Duty:
@@ -68,6 +71,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._stopping = threading.Event()
+        self._busy = threading.Lock()
         now = time.monotonic()
         for duty in self.duties:
             duty.due = now + (duty.every if duty.every > 1 else 0)
@@ -91,8 +95,20 @@ class Keeper:
             thread.join()
             self._stopping.clear()
 
+    def pause(self) -> bool:
+        """Wait until the thread is between two duties, and keep it there; whoever got True calls `resume`.
+
+        A fork copies locks as they are held. Those that a duty holds (of an import, of a table that is being read)
+        would never open again in the child, whose own keeper would stand still before the first of them.
+        """
+        return self._busy.acquire(timeout=FORK_WAIT_SECONDS)
+
+    def resume(self) -> None:
+        self._busy.release()
+
     def _run(self) -> None:
-        self._warm_up()
+        with self._busy:
+            self._warm_up()
         while not self._stopping.wait(TICK_SECONDS):
             now = time.monotonic()
             for duty in self.duties:
@@ -114,7 +130,8 @@ class Keeper:
     def _do(self, duty: _Duty) -> None:
         duty.due = time.monotonic() + duty.every
         try:
-            duty.work()
+            with self._busy:
+                duty.work()
         except GuardError as error:
             log.warning("keeper_waits", duty=duty.name, reason=str(error))
         except Exception:

@@ -7,6 +7,9 @@ different configuration is an error that says so. A forked child keeps the confi
 from __future__ import annotations
 
 import atexit
+
+# It has hooks around a fork itself: were it imported while a fork waits for the keeper, only half of them would run.
+import concurrent.futures.thread  # noqa: F401
 import os
 import threading
 from collections.abc import Mapping
@@ -109,12 +112,26 @@ def _at_exit() -> None:
         uninstall()
 
 
+_paused: list[Keeper] = []
+
+
+def _before_fork() -> None:
+    if _installed is not None and _installed.keeper.pause():
+        _paused.append(_installed.keeper)
+
+
+def _after_fork_in_parent() -> None:
+    while _paused:
+        _paused.pop().resume()
+
+
 def _after_fork() -> None:
+    _paused.clear()
     if _installed is not None:
         _installed.keeper.restart()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
 # The store's thread registers its own end at its import, which is earlier: so this runs before it.
 atexit.register(_at_exit)
 
