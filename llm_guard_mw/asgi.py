@@ -14,6 +14,7 @@ Rule 3. An error of ours before the grant follows `on_store_failure`; after it, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -65,6 +66,7 @@ class GuardMiddleware:
         self.installation = install(config)
         self.guard = AsyncGuard(self.installation.desk)
         _warn_about_neighbours(app, self.installation)
+        _warn_about_missing_routes(app, self.installation)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -131,6 +133,7 @@ class _Passage:
             call_id = call.id
             outcome = await self.guard.enter(call)
         except IdentityError as error:
+            _tell_once_about_identity(str(error))
             return identity_answer(error, api=api)
         except StoreUnavailable as error:
             log.warning("store_away", step="reserve", reason=str(error))
@@ -346,3 +349,34 @@ def _warn_about_neighbours(app: Any, installation: Installation) -> None:
         inner = getattr(inner, "app", None)
         if inner is None:
             return
+
+
+def _warn_about_missing_routes(app: Any, installation: Installation) -> None:
+    """Say at start which guarded routes the app does not have: a typo there would guard nothing, silently."""
+    for _ in range(64):
+        if app is None or getattr(app, "routes", None):
+            break
+        app = getattr(app, "app", None)
+    routes = getattr(app, "routes", None)
+    if not routes:  # no Starlette app, or one whose routes come later
+        return
+    for route in installation.config.policy.routes:
+        scope = {
+            "type": "http",
+            "path": route.samples()[0],
+            "method": min(route.methods),
+            "root_path": "",
+            "headers": [],
+        }
+        try:
+            found = any(candidate.matches(dict(scope))[0].value for candidate in routes)
+        except Exception:  # a router of its own kind: nothing can be told
+            return
+        if not found:
+            log.warning("route_not_found", route=route.name, path=route.path, fix="name a path that the app has")
+
+
+@functools.cache
+def _tell_once_about_identity(reason: str) -> None:
+    """The first 401 of its kind is told aloud: whoever has just put the guard in looks for the reason."""
+    log.warning("unauthenticated", reason=reason, fix='name a source under [identity], or set anonymous = "ip"')

@@ -174,6 +174,7 @@ class _Build:
         self._check_url("ledger", file.ledger, _LEDGER_SCHEMES, ())
         budgets = self._budgets()
         self._check_ladder()
+        self._warn_of_what_comes_later()
         return Config(
             store=file.store,
             ledger=file.ledger,
@@ -188,6 +189,16 @@ class _Build:
 
     def _warn(self, place: Place, problem: str, fix: str) -> None:
         self._warnings.append(self._document.noted(place, problem, fix))
+
+    def _warn_of_what_comes_later(self) -> None:
+        """Files are written once: what later versions will do is checked and kept, and does nothing yet."""
+        places: list[Place] = [("routes", number, "degrade") for number, r in enumerate(self._file.routes) if r.degrade]
+        places += [("routes", number, "cache") for number, r in enumerate(self._file.routes) if r.cache is not None]
+        places += [("upstreams", number) for number in range(len(self._file.upstreams))]
+        places += [("alerts", number) for number in range(len(self._file.alerts))]
+        for place in places:
+            key = place[-1] if isinstance(place[-1], str) else place[0]
+            self._warn(place, f"{key} is understood, but does nothing in this version yet", "it may stay")
 
     # ------------------------------------------------------------ store and ledger
 

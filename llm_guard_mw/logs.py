@@ -99,7 +99,7 @@ def log_call(call: Call, status: int | None) -> None:
     events = call.events
     fields: MutableMapping[str, Any] = {
         **_who(call),
-        "decision": call.decision,
+        "decision": "reject" if call.refusal is not None and not call.events else call.decision,
         "exchanges": len(events),
         "models": sorted({event.model for event in events if event.model}),
         "input_tokens": _sum([event.input_tokens for event in events]),

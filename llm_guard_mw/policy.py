@@ -121,9 +121,9 @@ class Route:
 
     def covers(self, other: Route) -> bool:
         """Whether every path of `other` is one of this route, so far as some telling values can show."""
-        return all(self.pattern.match(path) for path in other._samples())
+        return all(self.pattern.match(path) for path in other.samples())
 
-    def _samples(self) -> list[str]:
+    def samples(self) -> list[str]:
         """Paths of this route: one with the first value of each parameter's convertor, one with the last."""
 
         def filled(which: int) -> str:

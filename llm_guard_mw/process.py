@@ -24,6 +24,7 @@ from llm_guard_mw.errors import ConfigError
 from llm_guard_mw.identity import Identifier
 from llm_guard_mw.keeper import Keeper
 from llm_guard_mw.ledger import Ledger
+from llm_guard_mw.logs import log
 from llm_guard_mw.pricing import PriceBook
 from llm_guard_mw.stores import open_store
 
@@ -61,6 +62,8 @@ def install(config: ConfigLike | None = None) -> Installation:
         loaded = _load(config)
         if _installed is None:
             _installed = _put_together(loaded)
+            for warning in loaded.warnings:
+                log.warning("configuration", where=warning.where, problem=warning.problem, fix=warning.fix)
         elif _installed.config.digest != loaded.digest:
             raise ConfigError(
                 f"this process is guarded by {_installed.config.source}, and {loaded.source} says otherwise:"

@@ -9,6 +9,7 @@ Rule 3. The driver's errors end here: what the machinery did wrong leaves as `Le
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -156,13 +157,27 @@ class Database:
 
 def _run_migrations(connection: Connection) -> None:
     # Alembic takes a third of a second to import, and most processes find the schema in place.
-    from alembic import command
-    from alembic.config import Config
+    with _quiet("alembic"):
+        from alembic import command
+        from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", "llm_guard_mw.ledger:migrations")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    with _quiet("alembic"):
+        command.upgrade(config, "head")
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a library's progress reports out of the host's log: a host at INFO asked for its own."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 # ---------------------------------------------------------------- the engine

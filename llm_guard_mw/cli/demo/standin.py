@@ -373,6 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gap-ms", type=int, default=0)
     given = parser.parse_args(arguments)
     knobs = Knobs(first_byte_ms=given.first_byte_ms, gap_ms=given.gap_ms)
+    print(f"the stand-in provider listens on http://{given.host}:{given.port}", flush=True)  # noqa: T201 - a program
     uvicorn.run(StandIn(knobs), host=given.host, port=given.port, log_level="warning")
 
 
