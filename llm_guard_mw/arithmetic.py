@@ -39,8 +39,9 @@ def drain(used: int, rem: int, stamp: int, now: int, rate: int, period: int) -> 
     periods = min(periods, used // rate + 1)  # more of them would only drain an empty bucket
     per_tick, fraction = divmod(rate, period)
     whole, rem = divmod(elapsed * fraction + rem, period)
-    drained = periods * rate + elapsed * per_tick + whole
-    return max(0, used - drained), rem, now
+    left = used - (periods * rate + elapsed * per_tick + whole)
+    # An empty bucket has nothing that could have drained in part: a fraction kept would let the next unit out early.
+    return (left, rem, now) if left > 0 else (0, 0, now)
 
 
 def wait_ticks(over: int, rem: int, rate: int, period: int) -> int:

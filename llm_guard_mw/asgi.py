@@ -69,6 +69,9 @@ class GuardMiddleware:
         _warn_about_missing_routes(app, self.installation)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._pass_by(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -267,7 +270,7 @@ def _path_below_root(scope: Scope) -> str:
 def _http_request(scope: Scope, body: bytes, *, complete: bool) -> HttpRequest:
     client = scope.get("client")
     return HttpRequest(
-        method=scope["method"],
+        method=scope.get("method", "GET"),  # a websocket has none
         path=_path_below_root(scope),
         query=scope.get("query_string", b""),
         headers=tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),

@@ -83,7 +83,8 @@ def test_a_drain_is_the_rounded_down_product_of_time_and_rate(
     used, rem, stamp, rate, period = bucket
     units, left_over = divmod(elapsed * rate + rem, period)
 
-    assert drain(used, rem, stamp, stamp + elapsed, rate, period) == (max(0, used - units), left_over, stamp + elapsed)
+    left = (used - units, left_over) if used > units else (0, 0)
+    assert drain(used, rem, stamp, stamp + elapsed, rate, period) == (*left, stamp + elapsed)
 
 
 class Watched(int):
@@ -124,6 +125,15 @@ def test_no_intermediate_value_of_a_drain_leaves_the_exact_range_of_a_double(
     drained = drain(used, rem, stamp, stamp + elapsed, rate, period)
 
     assert all(isinstance(value, int) for value in drained)
+
+
+def test_an_empty_bucket_saves_nothing_up() -> None:
+    hour = 3_600_000
+    used, rem, stamp = drain(0, 0, 0, 59 * hour // 60, rate=1, period=hour)  # nobody has used it for 59 minutes
+
+    used, _, _ = drain(used + 1, rem, stamp, stamp + hour // 60, rate=1, period=hour)  # one request, one minute later
+
+    assert used == 1
 
 
 @given(buckets(), st.integers(1, 2**50), st.integers(0, 2**50))
