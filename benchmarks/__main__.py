@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 
-from benchmarks import middleware
+from benchmarks import first_byte, middleware
 
 if __name__ == "__main__":
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n")
-    print(middleware.__doc__)
-    middleware.main()
+    for benchmark in (middleware, first_byte):
+        print(benchmark.__doc__)
+        benchmark.main()
+        print()
