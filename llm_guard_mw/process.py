@@ -135,7 +135,7 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
-# The store's thread registers its own end at its import, which is earlier: so this runs before it.
+# The store registers its own end at its import, which is earlier: so this runs before it.
 atexit.register(_at_exit)
 
 

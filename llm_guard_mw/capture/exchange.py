@@ -7,7 +7,7 @@
 Rule 1. Before the grant nothing leaves: a refusal is answered here, in the provider's own shape, so that the SDK
         raises its own error after one attempt.
 Rule 2. After the grant the app's call comes first: nothing of ours raises into it, and no chunk waits.
-Rule 3. Settling never waits either: it is handed to the store's thread. So a cancelled task settles like any other.
+Rule 3. Settling never waits either: it is handed to the store. So a cancelled task settles like any other.
 Rule 4. A finalizer may run in the middle of anything, with any lock held. What it has to say goes through a queue
         that may be used there, to a thread that has the time.
 """

@@ -1,12 +1,15 @@
 """The embedded store: one SQLite file, correct across the processes of one machine.
 
-Rule 1. One thread a process speaks to the file. It is started by the first use, and made anew after a fork.
-Rule 2. Work that waits is done in one transaction (group commit); answers go out after the commit. A step that
-        fails takes only itself down: the group is rolled back and its steps are run one by one.
-Rule 3. The store owns its tables (plain DDL, `user_version`); the ledger may live in the same file.
+Rule 1. One connection a process, and one mutex: whoever holds it does the work of everybody who waits, in one
+        transaction (group commit), and answers after the commit. All calls of one turn of an event loop wait
+        together. A step that fails takes only itself down: the group is rolled back and run one by one.
+Rule 2. An event loop never waits for the file. If another process has locked it, a helper thread does the
+        waiting; so it does the checkpoints, which are the only writes that wait for the disk.
+Rule 3. Work is done in the order in which it came, so a settlement frees its money for the reserve behind it.
+Rule 4. The store owns its tables (plain DDL, `user_version`); the ledger may live in the same file.
 
-The sync and the async face stand one under the other; both hand their step to the thread and wait for the
-answer in their own way. An async caller that is cancelled while it waits does not stop its step.
+The sync and the async face stand one under the other; both hand in their step and wait for the answer in their
+own way. An async caller that is cancelled while it waits does not stop its step.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ import sqlite3
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from llm_guard_mw.errors import ConfigError, StoreUnavailable
@@ -47,7 +51,9 @@ T = TypeVar("T")
 Clock = Callable[[], int]
 
 #: A group is cut here, so that its first caller does not wait for all the others.
-GROUP_MAX = 128
+GROUP_MAX = 64
+#: The write-ahead log is brought into the file every so many transactions: a few MB, a few seconds under load.
+CHECKPOINT_COMMITS = 1000
 #: How long a transaction waits for another process to let go of the file.
 LOCK_WAIT_SECONDS = 5.0
 #: How often the length of the journal is looked at.
@@ -78,7 +84,7 @@ class SQLiteStore:
         return self.engine.run(steps.settle, settlement)
 
     def settle_soon(self, settlement: Settlement, done: Callable[[BaseException | None], None]) -> None:
-        """Settle without waiting; `done` is told the outcome on the store's thread."""
+        """Settle without waiting; `done` is told the outcome, on any thread."""
         self.engine.post(steps.settle, (settlement,), done)
 
     def renew(self, exchanges: Sequence[str], calls: Sequence[str], lease_ms: int) -> Renewed:
@@ -94,7 +100,7 @@ class SQLiteStore:
         return self.engine.run(steps.close_call, call)
 
     def close_call_soon(self, call: str, done: Callable[[BaseException | None], None]) -> None:
-        """Close the call without waiting; `done` is told the outcome on the store's thread."""
+        """Close the call without waiting; `done` is told the outcome, on any thread."""
         self.engine.post(steps.close_call, (call,), done)
 
     def admit(self, parent: str, scope: str, value: str, day: int, most: int) -> bool:
@@ -107,7 +113,7 @@ class SQLiteStore:
         return self.engine.run(steps.append, entry_id, payload)
 
     def append_soon(self, entry_id: str, payload: bytes, done: Callable[[BaseException | None], None]) -> None:
-        """Append without waiting; `done` is told the outcome on the store's thread."""
+        """Append without waiting; `done` is told the outcome, on any thread."""
         self.engine.post(steps.append, (entry_id, payload), done)
 
     def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
@@ -158,7 +164,7 @@ class AsyncSQLiteStore:
         return await self.engine.arun(steps.append, entry_id, payload)
 
 
-# ---------------------------------------------------------------- the thread
+# ---------------------------------------------------------------- whose turn it is
 
 
 class _Work(NamedTuple):
@@ -166,11 +172,15 @@ class _Work(NamedTuple):
     arguments: tuple[Any, ...]
     room: bool  # it needs room in the journal
     answer: Callable[[Any, BaseException | None], None]
-    loop: asyncio.AbstractEventLoop | None  # whose thread the answer is for; None: the store's own
+    loop: asyncio.AbstractEventLoop | None  # whose thread the answer is for; None: any
+
+
+class _Locked(Exception):
+    """Another process is writing, and the caller is not one to wait."""
 
 
 class _Engine:
-    """The queue, the thread that empties it, and the connection that only this thread touches."""
+    """What waits, the connection, and the mutex that lets one thread at a time work off what waits."""
 
     def __init__(self, path: str, clock: Clock, journal_max: int) -> None:
         self.path = path
@@ -180,10 +190,14 @@ class _Engine:
         _engines.add(self)
 
     def _start_anew(self) -> None:
-        self.queue: SimpleQueue[_Work | None] = SimpleQueue()
-        self.thread: threading.Thread | None = None
-        self.starting = threading.Lock()
+        self.waiting: deque[_Work] = deque()
+        self.mutex = threading.Lock()
         self.db: sqlite3.Connection | None = None
+        self.turns: set[asyncio.AbstractEventLoop] = set()  # loops that will work off what waits this turn
+        self.errands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.starting = threading.Lock()
+        self.helper: threading.Thread | None = None
+        self.commits = 0
         self.length_known_until = 0.0
         self.full = False
 
@@ -198,7 +212,8 @@ class _Engine:
             else:
                 future.set_result(result)
 
-        self._put(_Work(step, arguments, room, answer, None))
+        self.waiting.append(_Work(step, arguments, room, answer, None))
+        self._work_off(patient=True)
         return future.result()
 
     async def arun(self, step: Callable[..., T], *arguments: Any, room: bool = False) -> T:
@@ -213,70 +228,111 @@ class _Engine:
             else:
                 future.set_result(result)
 
-        self._put(_Work(step, arguments, room, answer, loop))
+        self.waiting.append(_Work(step, arguments, room, answer, loop))
+        self._this_turn(loop)
         return await future
 
     def post(
         self, step: Callable[..., Any], arguments: tuple[Any, ...], done: Callable[[BaseException | None], None]
     ) -> None:
-        self._put(_Work(step, arguments, False, lambda _result, error: done(error), None))
+        self.waiting.append(_Work(step, arguments, False, lambda _result, error: done(error), None))
+        try:
+            self._this_turn(asyncio.get_running_loop())
+        except RuntimeError:  # no loop runs in this thread
+            self._work_off(patient=False)
 
-    def _put(self, work: _Work) -> None:
-        self.queue.put(work)
-        if self.thread is None:
-            with self.starting:
-                if self.thread is None:
-                    self.thread = threading.Thread(target=self._serve, name="llm-guard-store", daemon=True)
-                    self.thread.start()
+    def _this_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Everything that is handed in before the loop comes round again goes into one transaction."""
+        if loop not in self.turns:
+            self.turns.add(loop)
+            loop.call_soon(self._turn, loop)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.turns.discard(loop)
+        self._work_off(patient=False)
 
     def close(self) -> None:
+        """Do what waits, then let go of the file and the helper. The next use opens it again."""
+        self._work_off(patient=True)
+        with self.mutex:
+            if self.db is not None:
+                self.db.close()
+                self.db = None
         with self.starting:
-            thread, self.thread = self.thread, None
-            if thread is None:
-                return
-            self.queue.put(None)
-            thread.join()
-            if not self.queue.empty():  # handed in behind the closing: a new thread takes it
-                self.thread = threading.Thread(target=self._serve, name="llm-guard-store", daemon=True)
-                self.thread.start()
+            helper, self.helper = self.helper, None
+        if helper is not None:
+            self.errands.put(None)
+            helper.join()
 
-    # -- the thread's side
+    # -- working it off
 
-    def _serve(self) -> None:
-        while True:
-            first = self.queue.get()
-            group = [first] if first is not None else []
-            closing = first is None
-            while not closing and len(group) < GROUP_MAX:
-                try:
-                    work = self.queue.get_nowait()
-                except Empty:
-                    break
-                if work is None:
-                    closing = True
-                else:
-                    group.append(work)
-            if group:
-                _deliver(group, self._do(group))
-            if closing:
-                if self.db is not None:
-                    self.db.close()
-                    self.db = None
+    def _work_off(self, *, patient: bool) -> None:
+        """Do what waits, unless somebody is at it: whoever holds the mutex looks again after letting go of it."""
+        while self.waiting and self.mutex.acquire(blocking=False):
+            group: list[_Work] = []
+            results: list[tuple[Any, BaseException | None]] = []
+            locked = False
+            try:
+                while self.waiting and len(group) < GROUP_MAX:
+                    group.append(self.waiting.popleft())
+                if group:
+                    results = self._do(group, patient)
+            except _Locked:
+                self.waiting.extendleft(reversed(group))
+                group, locked = [], True
+            except BaseException as error:  # this thread is being ended: whoever waits in another must not wait on
+                results = [(None, error)] * len(group)
+                raise
+            finally:
+                self.mutex.release()
+                _deliver(group, results)
+            if locked:  # only now, or the helper might find the mutex held and think that somebody is at it
+                self._send_helper(self._wait_and_work_off)
                 return
 
-    def _do(self, group: Sequence[_Work]) -> list[tuple[Any, BaseException | None]]:
+    def _wait_and_work_off(self) -> None:
+        self._work_off(patient=True)
+
+    def _send_helper(self, errand: Callable[[], None]) -> None:
+        self.errands.put(errand)
+        with self.starting:
+            if self.helper is None:
+                self.helper = threading.Thread(target=self._help, name="llm-guard-store", daemon=True)
+                self.helper.start()
+
+    def _help(self) -> None:
+        while (errand := self.errands.get()) is not None:
+            try:
+                errand()
+            except Exception:
+                log.exception("store_helper_failed")
+
+    def _checkpoint(self) -> None:
+        """Bring the write-ahead log into the file, as far as no reader is in the way."""
+        db = sqlite3.connect(self.path, timeout=0)
         try:
-            return self._transact(group)
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        except sqlite3.OperationalError as error:
+            log.debug("checkpoint_postponed", reason=str(error))
+        finally:
+            db.close()
+
+    def _do(self, group: Sequence[_Work], patient: bool) -> list[tuple[Any, BaseException | None]]:
+        try:
+            return self._transact(group, patient)
+        except _Locked:
+            raise
         except Exception as error:
             # Without the file (locked, vanished, full) nobody has to try alone what all could not do.
             if len(group) == 1 or isinstance(error, sqlite3.OperationalError):
                 translated = _translated(error, self.path)
                 return [(None, translated)] * len(group)
-        return [answer for work in group for answer in self._do([work])]
+        return [answer for work in group for answer in self._do([work], patient=True)]
 
-    def _transact(self, group: Sequence[_Work]) -> list[tuple[Any, BaseException | None]]:
-        db = self.db or self._open()
-        _begin(db)
+    def _transact(self, group: Sequence[_Work], patient: bool) -> list[tuple[Any, BaseException | None]]:
+        begin = _begin if patient else _begin_at_once
+        db = self.db or self._open(begin)
+        begin(db)
         try:
             full = self._journal_full(db)
             results: list[tuple[Any, BaseException | None]] = []
@@ -290,6 +346,9 @@ class _Engine:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
+        self.commits += 1
+        if self.commits % CHECKPOINT_COMMITS == 0:
+            self._send_helper(self._checkpoint)
         return results
 
     def _journal_full(self, db: sqlite3.Connection) -> bool:
@@ -299,15 +358,19 @@ class _Engine:
             self.length_known_until = now + _LENGTH_EVERY_SECONDS
         return self.full
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, begin: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
         if self.path != ":memory:":
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         # Waiting for the lock is ours (`_begin`): SQLite's own busy handler sleeps up to 0.1 s at a time.
-        db = sqlite3.connect(self.path, timeout=0, isolation_level=None, cached_statements=256)
+        # The mutex lets one thread at a time use it.
+        db = sqlite3.connect(self.path, timeout=0, isolation_level=None, cached_statements=256, check_same_thread=False)
         try:
+            begin(db)  # a locked file says so here; the pragmas below need it free, and outside of a transaction
+            db.execute("ROLLBACK")
             _patiently(lambda: db.execute("PRAGMA journal_mode = WAL"))
             db.execute("PRAGMA synchronous = NORMAL")
-            _begin(db)
+            db.execute("PRAGMA wal_autocheckpoint = 0")  # the helper does them
+            begin(db)
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 steps.create(db)
@@ -328,6 +391,19 @@ def _begin(db: sqlite3.Connection) -> None:
     _patiently(lambda: db.execute("BEGIN IMMEDIATE"))
 
 
+def _begin_at_once(db: sqlite3.Connection) -> None:
+    try:
+        db.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if _is_locked(error):
+            raise _Locked from error
+        raise
+
+
+def _is_locked(error: sqlite3.OperationalError) -> bool:
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
 def _patiently(attempt: Callable[[], object]) -> None:
     """Try until the file is free: short random waits, since whoever holds it is done within a millisecond."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
@@ -337,9 +413,7 @@ def _patiently(attempt: Callable[[], object]) -> None:
             attempt()
             return
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise
-            if time.monotonic() > deadline:
+            if not _is_locked(error) or time.monotonic() > deadline:
                 raise
         time.sleep(pause * (0.5 + random.random()))  # noqa: S311 - spreads the waiters, is no secret
         pause = min(pause * 1.5, 0.005)
@@ -354,10 +428,11 @@ def _translated(error: Exception, path: str) -> Exception:
 
 
 def _deliver(group: Sequence[_Work], results: Sequence[tuple[Any, BaseException | None]]) -> None:
-    """Answer everybody; an event loop is woken once for all its callers."""
+    """Answer everybody; another thread's event loop is woken once for all its callers."""
+    here = _loop_here()
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Work, Any, BaseException | None]]] = {}
     for work, (result, error) in zip(group, results, strict=True):
-        if work.loop is None:
+        if work.loop is None or work.loop is here:
             _answer(work, result, error)
         else:
             by_loop.setdefault(work.loop, []).append((work, result, error))
@@ -366,6 +441,13 @@ def _deliver(group: Sequence[_Work], results: Sequence[tuple[Any, BaseException 
             loop.call_soon_threadsafe(_answer_all, answers)
         except RuntimeError:  # the loop was closed, and with it everybody who waited
             continue
+
+
+def _loop_here() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _answer_all(answers: Sequence[tuple[_Work, Any, BaseException | None]]) -> None:
