@@ -689,19 +689,34 @@ def _inflated(body: bytes, encoding: str) -> tuple[bytes, bool] | None:
     return body, cut
 
 
-_FORM_FIELD = re.compile(
-    rb'Content-Disposition:[^\r\n]*?\bname="([a-z_\[\]]{1,64})"(?![^\r\n]*filename)[^\r\n]*\r\n\r\n([^\r\n]{0,4096})',
-    re.IGNORECASE,
-)
-_FORM_FILE = re.compile(rb"Content-Disposition:[^\r\n]*filename", re.IGNORECASE)
+# A client's bytes meet these patterns, so each matches to some end wherever it begins to: none tries again from
+# every place in a line, which would cost a megabyte squared.
+_FORM_PART = re.compile(rb"Content-Disposition:([^\r\n]*)", re.IGNORECASE)
+_FORM_NAME = re.compile(rb'\bname="([a-z_\[\]]{1,64})"', re.IGNORECASE)
+
+
+def _form_parts(body: bytes) -> tuple[dict[str, bytes], int]:
+    """The fields of a multipart form with their values, and how many files it has."""
+    fields: dict[str, bytes] = {}
+    files = position = 0
+    while part := _FORM_PART.search(body, position):
+        position = part.end()
+        name = _FORM_NAME.search(part[1])
+        if b"filename" in part[1].lower():
+            files += 1
+        elif name is not None and body.startswith(b"\r\n\r\n", position):
+            end = body.find(b"\r\n--", position + 4)
+            end = len(body) if end < 0 else end
+            fields[name[1].decode()] = body[position + 4 : end]
+            position = end
+    return fields, files
 
 
 def _of_form(api: str | None, provider: str | None, endpoint: _Endpoint, body: bytes) -> Asked:
     """A multipart form: sound to be written down, images to be edited. Its files count by rule."""
-    fields = {name.decode(): value for name, value in _FORM_FIELD.findall(body)}
+    fields, files = _form_parts(body)
     model = endpoint.model or (fields.get("model", b"").decode("utf-8", "replace")[:_NAME_MAX] or None)
     text = sum(upper_tokens(value) for value in fields.values())
-    files = len(_FORM_FILE.findall(body))
     cap: int | None = None
     kinds: tuple[str, ...] = ()
     if api == "openai.audio":
@@ -727,7 +742,8 @@ def _of_form(api: str | None, provider: str | None, endpoint: _Endpoint, body: b
     )
 
 
-_JSON_PIECE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:]', re.DOTALL)
+# A string that nobody closes is one to the end, or each quote in it would be tried as the start of another.
+_JSON_PIECE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[{}\[\]:]', re.DOTALL)
 
 
 def _top_level_string(body: bytes, key: str) -> str | None:

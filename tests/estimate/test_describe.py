@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import os
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,34 @@ def test_the_rest_of_a_body_that_was_not_read_counts_by_its_bytes() -> None:
     assert asked.model == "gpt-4o"
     assert asked.cap is None
     assert "body" in asked.opaque
+
+
+def test_a_form_field_counts_to_its_end_whatever_lines_it_has() -> None:
+    prompt = b"a house by the sea\r\n" * 500
+    form = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + prompt + b"\r\n--b--\r\n"
+
+    asked = _asked("openai.images", form)
+
+    assert asked.input_tokens >= upper_tokens(prompt)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"--Content-Disposition:" + b'name="a" ' * 100_000,
+        b"--" + b"Content-Disposition:" * 50_000,
+        b"--" + b'Content-Disposition: name="a"\r\n\r\n' * 30_000,
+        b'"\\' * 500_000,
+        b'{"' * 500_000,
+    ],
+)
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_hostile_megabyte_is_read_in_a_moment(body: bytes, complete: bool) -> None:
+    started = time.process_time()
+
+    _asked(None, body, body_complete=complete)
+
+    assert time.process_time() - started < 2  # it took hours where each quote was tried as the start of a string
 
 
 def test_a_form_with_sound_counts_by_its_size() -> None:
