@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 from starlette.applications import Starlette
@@ -9,7 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-ANSWER = b'{"answer": "' + b"x" * 556 + b'"}'
+TEXT = (
+    "The tides follow the moon, which pulls at the near side of the sea more than at the earth beneath it, and at the"
+    " earth more than at the far side. So two bulges stand opposite each other, and the turning earth carries every"
+    " coast through both of them in a little less than twenty-five hours. Twice a month the sun pulls along the same"
+    " line, and the water rises higher and falls lower than before. In bays that narrow towards the land the same wave"
+    " is squeezed until it stands as high as a house, while in the middle of the ocean nobody would notice it at all."
+)
+ANSWER = json.dumps({"answer": TEXT[:556]}).encode()
 
 
 async def answer(request: Request) -> Response:

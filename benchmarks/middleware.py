@@ -17,8 +17,8 @@ REQUEST = (
     + BODY
 )
 CLIENTS = (1, 16, 64)
-ROUNDS = 5
-SECONDS = 3.0
+ROUNDS = 3
+SECONDS = 2.0
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ class Desk:
         return Call(
             id=new_call_id(),
             principal=principal,
-            tags=replace(said, feature=feature),
+            tags=said if said.feature == feature else replace(said, feature=feature),
             route=route,
             till=self,
             request=request,

@@ -15,10 +15,11 @@ the Unix epoch (UTC), and nothing does I/O. The definitions are those of docs/ex
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from operator import attrgetter
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 NANOS_PER_DOLLAR = 1_000_000_000
 
@@ -310,6 +311,19 @@ class UsageEvent:
     cache_hit: bool = False
     deduped_from: str | None = None
     count: int = 1  # how many refusals a `refused` row stands for
+
+
+_EVENT_FIELDS = tuple(field.name for field in fields(UsageEvent))
+_EVENT_PLACES = {name: place for place, name in enumerate(_EVENT_FIELDS)}
+_event_values = attrgetter(*_EVENT_FIELDS)
+
+
+def amended(event: UsageEvent, **changes: Any) -> UsageEvent:
+    """`dataclasses.replace` for events, whose many fields make that one slow: it looks each up in Python."""
+    values = list(_event_values(event))
+    for name, value in changes.items():
+        values[_EVENT_PLACES[name]] = value
+    return UsageEvent(*values)
 
 
 @dataclass(frozen=True, slots=True)

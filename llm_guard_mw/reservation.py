@@ -32,6 +32,7 @@ from llm_guard_mw.model import (
     Unit,
     UsageEvent,
     Window,
+    amended,
 )
 from llm_guard_mw.policy import Policy
 from llm_guard_mw.stores.journal import Estimate, encode_draft
@@ -317,7 +318,9 @@ def _granted(plan: Plan, granted: Granted) -> Exchange:
         limits=plan.limits,
         granted=granted,
         rates=claim.rates,
-        draft=replace(plan.draft, estimated_output_tokens=_estimated_output(plan, granted)),
+        draft=plan.draft
+        if not lowered
+        else amended(plan.draft, estimated_output_tokens=_estimated_output(plan, granted)),
         started=plan.started,
         lease_end=granted.lease_end,
         decision=offer.decision,

@@ -17,7 +17,7 @@ from typing import Literal
 
 from llm_guard_mw.call import Call, Exchange, Record
 from llm_guard_mw.estimate import count_text
-from llm_guard_mw.model import Basis, Cost, EntryKind, Kind, Line, Reading, Unit, Usage, UsageEvent
+from llm_guard_mw.model import Basis, Cost, EntryKind, Kind, Line, Reading, Unit, Usage, UsageEvent, amended
 from llm_guard_mw.pricing import PriceBook
 from llm_guard_mw.reservation import Plan
 from llm_guard_mw.stores.journal import encode_event
@@ -204,7 +204,7 @@ def _closing(
 ) -> Closing:
     now = time.monotonic()
     usage = verdict.usage or Usage(input_tokens=None, output_tokens=None)
-    event = replace(
+    event = amended(
         exchange.draft,
         kind=kind,
         at=time.time_ns() // 1000,
@@ -269,7 +269,7 @@ def _tokens(line: Line, usage: Usage) -> int:
 
 def undo(exchange_id: str, call: Call, draft: UsageEvent) -> Closing:
     """Give back whatever a reserve may have been granted whose caller is gone."""
-    event = replace(
+    event = amended(
         draft,
         kind=EntryKind.RELEASE,
         at=time.time_ns() // 1000,
@@ -286,7 +286,7 @@ def undo(exchange_id: str, call: Call, draft: UsageEvent) -> Closing:
 def book(plan: Plan, usage: Usage, cost: Cost) -> Closing:
     """Usage without a hold, heard of after the fact: reserved and settled in one step."""
     draft = plan.draft
-    event = replace(
+    event = amended(
         draft,
         model=usage.model or draft.model,
         input_tokens=usage.input_tokens,

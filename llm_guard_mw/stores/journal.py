@@ -11,11 +11,11 @@ do the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 
-from llm_guard_mw.model import Basis, Decision, EntryKind, UsageEvent
+from llm_guard_mw.model import Basis, Decision, EntryKind, UsageEvent, amended
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,12 @@ def read_event(kind: EntryKind, at: int, payload: bytes, *, offer: int | None, c
     closing = _decode_closing(payload)
     if kind is EntryKind.CORRECTION:
         return _correction(closing)
-    return replace(closing.event, kind=kind)
+    return closing.event if closing.event.kind is kind else amended(closing.event, kind=kind)
 
 
 def _abandoned(draft: _Draft, at: int, offer: int, cap: int) -> UsageEvent:
     estimate = draft.offers[offer]
-    return replace(
+    return amended(
         draft.event,
         kind=EntryKind.ABANDONED,
         at=at * 1000,
@@ -97,4 +97,4 @@ def _correction(closing: _Closing) -> UsageEvent:
     event = closing.event
     cost = None if event.cost_nanos is None else event.cost_nanos - (closing.held_nanos or 0)
     credits = None if event.credits is None else event.credits - (closing.held_credits or 0)
-    return replace(event, kind=EntryKind.CORRECTION, cost_nanos=cost, credits=credits)
+    return amended(event, kind=EntryKind.CORRECTION, cost_nanos=cost, credits=credits)
