@@ -33,11 +33,33 @@ from llm_guard_mw.settlement import Closing, Ending
 from llm_guard_mw.stores.protocol import ClockApart
 
 
-class Guard:
-    """The sync face: WSGI doors, sync SDK clients, scripts."""
+class _Face:
+    """What has no twin: it waits for nothing."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
+
+    def as_user(
+        self,
+        *,
+        user: str | None = None,
+        tenant: str | None = None,
+        tier: str | None = None,
+        feature: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> UserBlock:
+        """Guard work outside of a request: `with guard.as_user(user="ada", feature="digest"):`, or `async with`.
+
+        Raises LimitExceeded on entry when a limit leaves nothing.
+        """
+        return UserBlock(self.desk, Principal(user=user, tenant=tenant, tier=tier), feature, tags or {})
+
+
+class Guard(_Face):
+    """The sync face: WSGI doors, sync SDK clients, scripts."""
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__(desk)
         self.store = desk.store
 
     def call_for(self, request: HttpRequest, route: Route) -> Call:
@@ -111,27 +133,12 @@ class Guard:
         except GuardError as error:
             self.desk.keep_for_later(closing, error)
 
-    def as_user(
-        self,
-        *,
-        user: str | None = None,
-        tenant: str | None = None,
-        tier: str | None = None,
-        feature: str | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> UserBlock:
-        """Guard work outside of a request: `with guard.as_user(user="ada", feature="digest"):`, or `async with`.
 
-        Raises LimitExceeded on entry when a limit leaves nothing.
-        """
-        return UserBlock(self.desk, Principal(user=user, tenant=tenant, tier=tier), feature, tags or {})
-
-
-class AsyncGuard:
+class AsyncGuard(_Face):
     """The async face: ASGI doors and async SDK clients."""
 
     def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+        super().__init__(desk)
         self.store = desk.async_store
 
     async def call_for(self, request: HttpRequest, route: Route) -> Call:
@@ -204,21 +211,6 @@ class AsyncGuard:
             await self.store.settle(closing.settlement)
         except GuardError as error:
             self.desk.keep_for_later(closing, error)
-
-    def as_user(
-        self,
-        *,
-        user: str | None = None,
-        tenant: str | None = None,
-        tier: str | None = None,
-        feature: str | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> UserBlock:
-        """Guard work outside of a request: `with guard.as_user(user="ada", feature="digest"):`, or `async with`.
-
-        Raises LimitExceeded on entry when a limit leaves nothing.
-        """
-        return UserBlock(self.desk, Principal(user=user, tenant=tenant, tier=tier), feature, tags or {})
 
 
 class UserBlock:

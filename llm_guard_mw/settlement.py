@@ -210,13 +210,7 @@ def _closing(
         at=time.time_ns() // 1000,
         tags=dict(exchange.call.tags.free),
         model=usage.model or exchange.draft.model,
-        input_tokens=usage.input_tokens,
-        cached_input_tokens=usage.cached_input_tokens,
-        cache_write_tokens=usage.cache_write_tokens,
-        output_tokens=usage.output_tokens,
-        reasoning_tokens=usage.reasoning_tokens,
-        audio_input_tokens=usage.audio_input_tokens,
-        audio_output_tokens=usage.audio_output_tokens,
+        **_tokens_of(usage),
         cost_nanos=verdict.cost.nanos,
         price_version=verdict.cost.price_version,
         basis=verdict.basis,
@@ -238,6 +232,19 @@ def _closing(
     payload = encode_event(event, held_nanos=held_nanos(exchange), held_credits=exchange.credits)
     settlement = Settlement(exchange.id, exchange.call.id, kind, exchange.lease_end, moved, payload)
     return Closing(settlement, event)
+
+
+def _tokens_of(usage: Usage) -> dict[str, int | None]:
+    """The fields that an event and a usage have in common."""
+    return {
+        "input_tokens": usage.input_tokens,
+        "cached_input_tokens": usage.cached_input_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
+        "output_tokens": usage.output_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "audio_input_tokens": usage.audio_input_tokens,
+        "audio_output_tokens": usage.audio_output_tokens,
+    }
 
 
 def _actual(line: Line, verdict: _Verdict, usage: Usage, exchange: Exchange, *, released: bool) -> int:
@@ -289,13 +296,7 @@ def book(plan: Plan, usage: Usage, cost: Cost) -> Closing:
     event = amended(
         draft,
         model=usage.model or draft.model,
-        input_tokens=usage.input_tokens,
-        cached_input_tokens=usage.cached_input_tokens,
-        cache_write_tokens=usage.cache_write_tokens,
-        output_tokens=usage.output_tokens,
-        reasoning_tokens=usage.reasoning_tokens,
-        audio_input_tokens=usage.audio_input_tokens,
-        audio_output_tokens=usage.audio_output_tokens,
+        **_tokens_of(usage),
         estimated_input_tokens=None,
         estimated_output_tokens=None,
         cost_nanos=cost.nanos,
