@@ -24,7 +24,7 @@ import msgspec
 
 from llm_guard_mw.media import BYTES_PER_AUDIO_TOKEN, Media, image_tokens, text_and_media
 from llm_guard_mw.model import Asked
-from llm_guard_mw.rewriting import rewrite
+from llm_guard_mw.rewriting import rewrite, takes_cap
 from llm_guard_mw.tokens import (
     count_text,
     load_vocabularies,
@@ -78,7 +78,7 @@ def describe(
     except Exception:
         # Whatever a hostile body did to us, its size still bounds it: a token is at least a byte.
         size = max(len(body), total_bytes or 0)
-        return Asked(api=api, provider=provider, input_tokens=size, opaque=("body",))
+        return Asked(api=api, provider=provider, input_tokens=size, opaque=("body",), cappable=False)
 
 
 def _describe(
@@ -97,9 +97,10 @@ def _describe(
         return Asked(api=api, provider=provider, model=model, counted=False, output=False, kinds=())
     opaque: list[str] = []
     sent = len(body)
-    if content_encoding and content_encoding.strip().lower() not in ("", "identity"):
-        plain = _inflated(body, content_encoding)
-        if plain is None:
+    plain = not content_encoding or content_encoding.strip().lower() in ("", "identity")
+    if not plain and content_encoding:
+        inflated = _inflated(body, content_encoding)
+        if inflated is None:
             return Asked(
                 api=api,
                 provider=provider,
@@ -109,8 +110,9 @@ def _describe(
                 opaque=("content_encoding",),
                 unbounded=unbounded,
                 output=endpoint.output,
+                cappable=False,
             )
-        body, cut = plain
+        body, cut = inflated
         body_complete = body_complete and not cut
         total_bytes = None if total_bytes is None else total_bytes * _USUAL_RATIO
         sent *= _USUAL_RATIO
@@ -127,6 +129,7 @@ def _describe(
             opaque=tuple(opaque),
             unbounded=unbounded,
             output=endpoint.output,
+            cappable=False,
         )
     if body[:2] == b"--":
         return _of_form(api, provider, endpoint, body)
@@ -140,6 +143,7 @@ def _describe(
             stream=endpoint.stream,
             unbounded=unbounded,
             output=endpoint.output,
+            cappable=False,
         )
     name = model or _model_name(asked)
     text, media = text_and_media(body, name)
@@ -171,6 +175,7 @@ def _describe(
         service_tier=_tier(asked),
         kinds=_kinds(text, media),
         thinks=_thinks(asked),
+        cappable=plain and takes_cap(api),
     )
 
 
@@ -739,6 +744,7 @@ def _of_form(api: str | None, provider: str | None, endpoint: _Endpoint, body: b
         stream=fields.get("stream", b"").lower() == b"true",
         unbounded=endpoint.unbounded,
         kinds=kinds,
+        cappable=False,
     )
 
 

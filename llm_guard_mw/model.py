@@ -184,6 +184,7 @@ class Asked:
     service_tier: str | None = None
     kinds: tuple[str, ...] | None = None  # what besides text it may be billed for (pricing.INPUT_KINDS); None: any
     thinks: bool = False  # it turns thinking on: output that the caller need not see
+    cappable: bool = True  # False: no cap can be written into it; it has no place for one, or is not plain JSON
 
 
 # ---------------------------------------------------------------- balances

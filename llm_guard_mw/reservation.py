@@ -139,18 +139,17 @@ def claim_of_request(policy: Policy, call: Call, asked: Asked, rates: Rates) -> 
         if bound is None and policy.strict:
             bound = rates.context_window
         input_tokens = max(input_tokens, bound or 0)
-    cap = (
-        asked.cap or (route.max_output_tokens if route is not None else None) or rates.max_output or UNKNOWN_MAX_OUTPUT
-    )
+    ours = route.max_output_tokens if route is not None and asked.cappable else None
+    cap = asked.cap or ours or rates.max_output or UNKNOWN_MAX_OUTPUT
     if not asked.output:
         cap = 0
     return Claim(
         asked=asked,
         rates=rates,
-        input_tokens=_within_window(input_tokens, rates),
+        input_tokens=_within_window(input_tokens, asked, rates),
         cap=cap,
         at_least=_at_least(policy, asked, rates, cap),
-        cap_is_ours=asked.cap is None and asked.output,
+        cap_is_ours=asked.cap is None and asked.output and asked.cappable,
     )
 
 
@@ -160,23 +159,23 @@ def claim_of_charge(credits: int, provider: str | None, price_version: str) -> C
     return Claim(Asked(provider=provider, output=False), rates, 0, 0, 0, cap_is_ours=False, credits=credits)
 
 
-def _within_window(input_tokens: int, rates: Rates) -> int:
-    """A provider refuses what is longer than its context window, whatever our estimate says."""
-    return input_tokens if rates.context_window is None else min(input_tokens, rates.context_window)
+def _within_window(input_tokens: int, asked: Asked, rates: Rates) -> int:
+    """A provider refuses a prompt that is longer than its context window, whatever our estimate says.
+
+    But embeddings and completions take many prompts in one request, and Anthropic's window grows by a header.
+    """
+    several = not asked.output or asked.api in ("openai.completions", "anthropic.messages")
+    return input_tokens if several or rates.context_window is None else min(input_tokens, rates.context_window)
 
 
 def _at_least(policy: Policy, asked: Asked, rates: Rates, cap: int) -> int:
     """How far the store may lower the cap near the end of a budget.
 
-    Not at all where output is hidden, which would be cut off unseen, nor where the request has no field for it.
+    Not at all where output is hidden, which would be cut off unseen, nor where no lower cap can be written.
     """
-    if rates.hidden_output or asked.thinks or asked.api in _WITHOUT_CAP:
+    if rates.hidden_output or asked.thinks or not asked.cappable:
         return cap
     return min(cap, policy.min_output_tokens)
-
-
-#: What they may write is bounded by rule (seconds, images), not by a number in the request.
-_WITHOUT_CAP = frozenset({"openai.audio", "openai.speech", "openai.images", "mistral.ocr"})
 
 
 def plan(

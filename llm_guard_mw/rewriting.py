@@ -21,6 +21,22 @@ _IN_PATH = (
     (re.compile(r"(/deployments/)[^/?]+(/)"), ""),
     (re.compile(r"(/model/)[^/?]+(/(?:converse|invoke))"), ""),
 )
+#: The formats whose place for an output cap is known. In any other one a cap would be a field that nobody knows.
+_WITH_CAP = frozenset(
+    {
+        "anthropic.complete",
+        "anthropic.messages",
+        "bedrock.converse",
+        "cohere.chat",
+        "cohere.chat.v2",
+        "gemini.generate",
+        "ollama.chat",
+        "ollama.generate",
+        "openai.chat",
+        "openai.completions",
+        "openai.responses",
+    }
+)
 _OLD_AZURE = re.compile(r"[?&]api-version=20(?:1\d|2[0-3]|24-0[1-8])-?")
 _REASONS = re.compile(r"(^|/)(o\d|gpt-([5-9]|\d\d))(?!.*chat)")
 
@@ -47,6 +63,11 @@ def rewrite(
     if include_usage:
         _ask_for_usage(api, provider, path, fields)
     return path, body if fields == before else _join(fields)
+
+
+def takes_cap(api: str | None) -> bool:
+    """Whether `rewrite` knows where such a request says how much may be written. None: a body of the app's own."""
+    return api is None or api in _WITH_CAP
 
 
 def _write_model(path: str, fields: _Fields, model: str) -> str:
@@ -102,11 +123,13 @@ def _write_chat_cap(provider: str | None, fields: _Fields, cap: int, model: str 
     OpenAI's reasoning models refuse `max_tokens`, so a request that is moved to one has its field renamed.
     """
     openai = provider in ("openai", "azure", None)
+    reasons = _REASONS.search(model or _text(fields.get("model")) or "") is not None
     used = [name for name in ("max_completion_tokens", "max_tokens") if _said(fields.get(name))]
-    if openai and used == ["max_tokens"] and model is not None and _REASONS.search(model):
+    if openai and used == ["max_tokens"] and model is not None and reasons:
         fields.pop("max_tokens")
         used = []
-    for name in used or ["max_completion_tokens" if provider in ("openai", "azure") else "max_tokens"]:
+    newer = provider in ("openai", "azure") or (openai and reasons)
+    for name in used or ["max_completion_tokens" if newer else "max_tokens"]:
         fields[name] = _raw(cap)
 
 

@@ -144,6 +144,7 @@ class Tap:
                 model=exchange.model,
                 cap=exchange.cap,
                 include_usage=exchange.ask_usage,
+                provider=exchange.provider,
             )
         except Exception:
             log.exception("rewrite_failed", call_id=exchange.call.id, api=exchange.api)

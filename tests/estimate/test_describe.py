@@ -8,6 +8,7 @@ import json
 import os
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,8 +300,9 @@ def test_a_compressed_body_is_read_on_a_copy() -> None:
     body = json.dumps({"model": "gpt-4o", "max_tokens": 5, "messages": [{"content": "hello " * 500}]}).encode()
     plain = _asked("openai.chat", body)
 
-    assert _asked("openai.chat", gzip.compress(body), content_encoding="gzip") == plain
-    assert _asked("openai.chat", zlib.compress(body), content_encoding="deflate") == plain
+    zipped = replace(plain, cappable=False)  # nothing is written into what is compressed
+    assert _asked("openai.chat", gzip.compress(body), content_encoding="gzip") == zipped
+    assert _asked("openai.chat", zlib.compress(body), content_encoding="deflate") == zipped
 
 
 def test_a_bomb_is_inflated_only_so_far() -> None:
