@@ -186,6 +186,8 @@ class _Passage:
                 self.ended = True
         elif kind == "http.response.pathsend":
             self.ended = True
+        elif kind == "http.response.zerocopysend":
+            self.ended = not message.get("more_body")
         if self.held_start is not None and kind != "http.response.debug":
             await self._send_start()
         await self.downstream(message)
@@ -315,7 +317,7 @@ def _our_headers(call: Call) -> Headers:
 
 def _quotas(call: Call) -> Iterable[Quota]:
     now = time.time_ns() // 1_000_000
-    for limit, standing in call.standings.values():
+    for limit, standing in list(call.standings.values()):  # a thread of the app may capture meanwhile
         ceiling = limit.ceiling()
         window = reset = None
         if limit.kind is Kind.BUCKET and limit.period_ms:

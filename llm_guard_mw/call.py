@@ -29,6 +29,9 @@ from llm_guard_mw.stores.protocol import Granted, Standing
 
 _current: ContextVar[Call | None] = ContextVar("llm_guard_call", default=None)
 
+#: Tokens that one report may name: more are a mistake, and would leave the range of a balance.
+RECORDED_MAX = 1_000_000_000
+
 #: Free tags and outcomes a call may gather; more are dropped, since each is a column of the reports.
 TAGS_MAX = 32
 
@@ -185,11 +188,12 @@ class Call:
         if wrong:
             raise ValueError(f"tag({wrong[0]}={tags[wrong[0]]!r}): a string would be right")
         with self.lock:
-            free = {**dict(self.tags.free), **tags}
+            free = {**dict(self.tags.free), **{sayable(name): sayable(value) for name, value in tags.items()}}
             self.tags = replace(self.tags, free=tuple(sorted(free.items())[:TAGS_MAX]))
 
     def outcome(self, name: str, value: float = 1) -> None:
         """What came of the call ("ticket_solved"): in its log line, summed by name."""
+        name = sayable(name)
         with self.lock:
             if name in self.outcomes or len(self.outcomes) < TAGS_MAX:
                 self.outcomes[name] = self.outcomes.get(name, 0) + value
@@ -228,8 +232,15 @@ class Call:
         return None if not costs or None in costs else sum(cost for cost in costs if cost is not None)
 
 
+def sayable(text: str) -> str:
+    """Text that journal and log can carry: JSON from anywhere may hold half a character, which nothing can encode."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 def _as_record(answer: Any, provider: str | None) -> Record:
     """Read a response object (anything with `model_dump` or `to_dict`), a dict of one, or plain numbers."""
+    if provider is not None and not isinstance(provider, str):
+        raise ValueError(f'record(provider={provider!r:.80}): a provider\'s name, like "openai", would be right')
     dump: Callable[..., Any] | None = getattr(answer, "model_dump", None) or getattr(answer, "to_dict", None)
     body = dump() if dump is not None else answer
     if isinstance(body, Usage):
@@ -264,11 +275,13 @@ def _plain_numbers(body: Mapping[str, Any]) -> Usage | None:
     if not numbers:
         return None
     wrong = [
-        name for name, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int) or value < 0
+        name
+        for name, value in numbers.items()
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= RECORDED_MAX
     ]
     if wrong:
         raise ValueError(
             f"record({wrong[0]}={numbers[wrong[0]]!r}): a whole number of tokens, 0 or more, would be right"
         )
     model = body.get("model")
-    return Usage(model=model if isinstance(model, str) else None, **numbers)
+    return Usage(model=sayable(model) if isinstance(model, str) else None, **numbers)

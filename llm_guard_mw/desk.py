@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from llm_guard_mw import settlement
 from llm_guard_mw.balances import Limit, ScopeValues
-from llm_guard_mw.call import Call, Exchange, Record, current_call, new_call_id
+from llm_guard_mw.call import Call, Exchange, Record, current_call, new_call_id, sayable
 from llm_guard_mw.errors import GuardError, IdentityError, LimitExceeded, StoreUnavailable
 from llm_guard_mw.estimate import describe
 from llm_guard_mw.http import HttpRequest
@@ -63,6 +63,9 @@ OTHER = "*other"
 
 #: The model that a name without a price counts as: names that nobody knows must not make balances without end.
 UNKNOWN_MODEL = "*unknown"
+
+#: How long an id may be that the app gives with `as_user`.
+ID_BYTES_MAX = 256
 
 #: Scopes that have a value even when nobody knows who is calling.
 _NAMELESS = frozenset({"global", "feature", "model"})
@@ -146,8 +149,15 @@ class Desk:
     def start_block(self, principal: Principal, feature: str | None, tags: Mapping[str, str]) -> Call:
         """A call for work outside of a request. What the app itself says is believed."""
         outer = current_call()
+        principal = replace(
+            principal,
+            user=_id("user", principal.user),
+            tenant=_id("tenant", principal.tenant),
+            tier=_id("tier", principal.tier),
+        )
+        tags = {sayable(name): sayable(value) for name, value in tags.items()}
         said = Tags(
-            feature=feature,
+            feature=_id("feature", feature),
             tier=principal.tier,
             workflow_id=tags.get("workflow_id"),
             session_id=tags.get("session_id"),
@@ -444,7 +454,9 @@ class Desk:
             self.open.pop(door.id, None)
             closings.append(self._door_closing(call, door, records, ending))
         else:
-            closings.extend(self._booking(call, record) for record in records)
+            for record in records:
+                with self.tolerant("record"):
+                    closings.append(self._booking(call, record))
         call.events.extend(closing.event for closing in closings)
         return closings
 
@@ -526,11 +538,13 @@ class Desk:
 
     @contextmanager
     def tolerant(self, what: str) -> Iterator[None]:
-        """An error of the store here costs the caller nothing: the lease ends what was left open."""
+        """An error here costs the caller nothing, nor what is done after it: the lease ends what was left open."""
         try:
             yield
         except GuardError as error:
             log.warning("store_away", step=what, reason=str(error))
+        except Exception:
+            log.exception("close_failed", step=what)
 
     # ------------------------------------------------------------ refusals in the books
 
@@ -651,6 +665,18 @@ def _unpriced(call: Call, asked: Asked, message: str, limits: Iterable[Limit], a
 def _request_id(request: HttpRequest) -> str | None:
     value = _text(request.header(b"x-request-id"))
     return value if value is not None and 0 < len(value) <= 128 and value.isprintable() else None
+
+
+def _id(role: str, value: object) -> str | None:
+    """An id that the app gives itself, bounded like those of callers; a whole number (a primary key) is one too."""
+    if value is None:
+        return None
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not 0 < len(sayable(text).encode()) <= ID_BYTES_MAX or "\0" in text:
+        raise ValueError(
+            f"{role}={value!r:.80}: a text of 1 to {ID_BYTES_MAX} bytes, or a whole number, would be right"
+        )
+    return sayable(text)
 
 
 def _text(value: bytes | None) -> str | None:

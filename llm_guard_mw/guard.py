@@ -23,7 +23,7 @@ from typing import Any
 
 from llm_guard_mw.call import Call, Exchange, enter, leave
 from llm_guard_mw.desk import Desk, DoorEnding, Unguarded
-from llm_guard_mw.errors import GuardError, LimitExceeded
+from llm_guard_mw.errors import LimitExceeded
 from llm_guard_mw.http import HttpRequest
 from llm_guard_mw.logs import log
 from llm_guard_mw.model import Asked, Principal, Reading, Refusal
@@ -96,9 +96,11 @@ class Guard(_Face):
     def close(self, call: Call, ending: DoorEnding) -> None:
         """The call is over, after its background tasks."""
         if not call.identified and call.request is not None:
-            self._name(call, call.request)
-        for closing in self.desk.closings(call, ending):
-            self._settle(closing)
+            with self.desk.tolerant("name"):
+                self._name(call, call.request)
+        with self.desk.tolerant("settle"):
+            for closing in self.desk.closings(call, ending):
+                self._settle(closing)
         if call.claimed:
             with self.desk.tolerant("close_call"):
                 self.store.close_call(call.id)
@@ -110,8 +112,7 @@ class Guard(_Face):
             asking.answer = self.desk.identifier.settle_late(request)
         plan = self.desk.plan_named(call, asking.answer)
         if plan is not None:
-            with self.desk.tolerant("name"):
-                self.desk.named(call, self._reserve(plan))
+            self.desk.named(call, self._reserve(plan))
 
     def _admit(self, call: Call) -> None:
         for stranger in self.desk.strangers(call):
@@ -130,7 +131,7 @@ class Guard(_Face):
     def _settle(self, closing: Closing) -> None:
         try:
             self.store.settle(closing.settlement)
-        except GuardError as error:
+        except Exception as error:  # the store's, or of a number that no store can hold: the others settle all the same
             self.desk.keep_for_later(closing, error)
 
 
@@ -175,9 +176,11 @@ class AsyncGuard(_Face):
     async def close(self, call: Call, ending: DoorEnding) -> None:
         """The call is over, after its background tasks."""
         if not call.identified and call.request is not None:
-            await self._name(call, call.request)
-        for closing in self.desk.closings(call, ending):
-            await self._settle(closing)
+            with self.desk.tolerant("name"):
+                await self._name(call, call.request)
+        with self.desk.tolerant("settle"):
+            for closing in self.desk.closings(call, ending):
+                await self._settle(closing)
         if call.claimed:
             with self.desk.tolerant("close_call"):
                 await self.store.close_call(call.id)
@@ -189,8 +192,7 @@ class AsyncGuard(_Face):
             asking.answer = await self.desk.identifier.asettle_late(request)
         plan = self.desk.plan_named(call, asking.answer)
         if plan is not None:
-            with self.desk.tolerant("name"):
-                self.desk.named(call, await self._reserve(plan))
+            self.desk.named(call, await self._reserve(plan))
 
     async def _admit(self, call: Call) -> None:
         for stranger in self.desk.strangers(call):
@@ -209,7 +211,7 @@ class AsyncGuard(_Face):
     async def _settle(self, closing: Closing) -> None:
         try:
             await self.store.settle(closing.settlement)
-        except GuardError as error:
+        except Exception as error:  # the store's, or of a number that no store can hold: the others settle all the same
             self.desk.keep_for_later(closing, error)
 
 

@@ -50,8 +50,8 @@ class HttpRequest:
 
     method: str
     path: str
-    query: bytes = b""
-    headers: Headers = ()
+    query: bytes = field(default=b"", repr=False)
+    headers: Headers = field(default=(), repr=False)  # with the caller's credential
     peer: tuple[str, int] | None = None
     body: bytes = field(default=b"", repr=False)
     body_complete: bool = True

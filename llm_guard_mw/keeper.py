@@ -27,6 +27,7 @@ from llm_guard_mw.stores.protocol import Settled
 TICK_SECONDS = 0.25
 #: Small, since the ledger may share the store's file: 100 entries lock it for about 10 ms.
 DRAIN_BATCH = 100
+DRAIN_TURN_SECONDS = 1.0
 PRUNE_SECONDS = 3600.0
 
 #: After a failed drain the ledger is left alone for this long, doubled at each further failure.
@@ -177,8 +178,11 @@ class Keeper:
         if not self.desk.store.journal_length():
             return
         try:
-            started = time.monotonic()
+            began = started = time.monotonic()
             while self.ledger.drain(self.desk.store, DRAIN_BATCH) == DRAIN_BATCH and not self._stopping.is_set():
+                # A long journal must not keep leases from being renewed: the rest of it is for the next turn.
+                if time.monotonic() - began > DRAIN_TURN_SECONDS:
+                    break
                 if self._stopping.wait(time.monotonic() - started):
                     break
                 started = time.monotonic()

@@ -142,7 +142,7 @@ def _left(call: Call) -> dict[str, int]:
     """Each limit's remainder as last seen, in its own unit (nano-dollars for USD)."""
     return {
         slug: max(0, limit.ceiling() - standing.spent - standing.held)
-        for slug, (limit, standing) in call.standings.items()
+        for slug, (limit, standing) in list(call.standings.items())
     }
 
 

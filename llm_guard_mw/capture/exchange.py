@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from queue import SimpleQueue
 
@@ -48,9 +48,9 @@ class Outgoing:
 
     method: str
     host: str
-    target: str
-    headers: Headers
-    body: bytes
+    target: str = field(repr=False)  # Google takes a key in the query
+    headers: Headers = field(repr=False)
+    body: bytes = field(repr=False)
 
 
 def concerns(method: str, host: str, target: str, *, loaded: bool) -> bool:
