@@ -429,7 +429,22 @@ class Desk:
             reading.response_id if reading is not None else None, reading.usage if reading is not None else None
         )
         exchange.call.events.append(closing.event)
+        self._book_what_waited(exchange.call)
         return closing
+
+    def _in_flight(self, call: Call) -> bool:
+        return any(exchange.call is call and not exchange.closed for exchange in list(self.open.values()))
+
+    def _book_what_waited(self, call: Call) -> None:
+        """Reports of a call that has closed waited for its last answer; what that was not is booked now."""
+        with call.lock:
+            if not call.closed or not call.records or self._in_flight(call):
+                return
+            records, call.records = call.records, []
+        for record in records:
+            if not call.was_captured(record):
+                with self.tolerant("record"):
+                    self.book(call, record)
 
     def settled(self, call: Call) -> None:
         """A call that a capture opened for itself ends with its exchange."""
@@ -448,6 +463,9 @@ class Desk:
             call.closed = True
             door, call.door = call.door, None
             records, call.records = call.records, []
+            if records and door is None and self._in_flight(call):
+                # An answer that is still read may be the one that was reported: its end will tell (`finished`).
+                records, call.records = [], records
         records = [record for record in records if not call.was_captured(record)]
         closings = []
         if door is not None:
@@ -498,9 +516,11 @@ class Desk:
     def _booking(self, call: Call, record: Record) -> Closing:
         """Reserve and settle in one step: the money is spent already, so nothing can be refused."""
         usage = record.usage
-        asked = Asked(provider=record.provider, model=usage.model, output=True)
-        cost = self.prices.cost(record.provider, usage.model, usage)
-        rates = Rates(usage.model, record.provider, 0, 0, cost.price_version, flagged=cost.flagged)
+        named = call.route.model if call.route is not None and call.route.model != "body:model" else None
+        model = usage.model or named
+        asked = Asked(provider=record.provider, model=model, output=True)
+        cost = self.prices.cost(record.provider, model, usage)
+        rates = Rates(model, record.provider, 0, 0, cost.price_version, flagged=cost.flagged)
         claim = Claim(asked, rates, usage.input_tokens or 0, usage.output_tokens or 0, 0, cap_is_ours=False)
         wish = self._plan(call, claim)
         return settlement.book(wish, usage, cost)

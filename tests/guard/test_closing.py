@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from llm_guard_mw import process
-from llm_guard_mw.capture.exchange import Outgoing
+from llm_guard_mw.call import enter, leave
+from llm_guard_mw.capture.exchange import Outgoing, Tap, asked_by
+from llm_guard_mw.desk import DoorEnding
 from llm_guard_mw.guard import Guard
 from llm_guard_mw.http import HttpRequest
 from llm_guard_mw.ledger import verify
@@ -30,6 +32,34 @@ def nothing_left(installed: process.Installation) -> bool:
     desk = installed.desk
     desk.store.now()  # what was handed in before has been done
     return not desk.open and not desk.calls and not desk.store.holds("", 10)
+
+
+SAID = {"id": "r1", "choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}}
+
+
+def test_reports_after_a_take_over_are_booked_once_and_at_the_routes_model(guarded: Install) -> None:
+    """The app reports the last chunk of a stream that it holds on to, and a call to somebody no capture knows."""
+    installed = guarded(identity={"anonymous": "shared"}, routes=[{"path": "/c", "model": "gpt-4o"}])
+    guard = Guard(installed.desk)
+    call = guard.call_for(HttpRequest("POST", "/c"), installed.config.policy.routes[0])
+    assert guard.enter(call) is call
+    token = enter(call)
+    body = {"model": "gpt-4o", "messages": [], "stream": True, "stream_options": {"include_usage": True}}
+    asked = asked_by(Outgoing("POST", "api.openai.com", "/v1/chat/completions", (), json.dumps(body).encode()))
+    assert asked is not None
+    tap = Tap(installed.desk, guard.begin(asked))  # type: ignore[arg-type]
+    tap.head(200, ((b"content-type", b"text/event-stream"),))
+    tap.chunk(b"data: " + json.dumps(SAID | {"object": "chat.completion.chunk", "model": "gpt-4o"}).encode() + b"\n\n")
+
+    call.record(SAID | {"object": "chat.completion", "model": "gpt-4o"})
+    call.record({"input_tokens": 1000, "output_tokens": 0})
+    leave(token)
+    guard.close(call, DoorEnding(status=200))
+    tap.broken_off()
+
+    assert nothing_left(installed)
+    booked = sorted((event["input_tokens"], event["cost_nanos"]) for event in events(installed))
+    assert booked == [(100, 750_000), (1000, 2_500_000)]
 
 
 def test_half_a_character_in_a_tag_costs_no_settlement(guarded: Install) -> None:
