@@ -6,8 +6,8 @@
     retry     settlements that the store did not take
     prune     what has had its time, in store and ledger, now and then
 
-Under load the drain yields: after a full batch it rests several times as long as the batch took. The ledger (and with it
-SQLAlchemy, a second of imports) is first touched when there is something to drain.
+Under load the drain yields: after a full batch it rests several times as long as the batch took. The ledger (and
+with it SQLAlchemy, a second of imports) is first touched when there is something to drain.
 """
 
 from __future__ import annotations

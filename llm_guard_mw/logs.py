@@ -108,6 +108,7 @@ def log_call(call: Call, status: int | None) -> None:
         "basis": sorted({event.basis for event in events if event.basis}),
         "left": _left(call),
         "duration_ms": call.age_ms(),
+        "first_token_ms": next((e.first_token_ms for e in events if e.first_token_ms is not None), None),
         "status": status,
     }
     if call.refusal is not None:
