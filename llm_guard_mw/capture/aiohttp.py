@@ -57,7 +57,7 @@ class _Session:
             return await self._session.request(method, url, **arguments)
         outgoing = Outgoing(method, parts.netloc, target, _raw(arguments.get("headers") or {}), body)
         asked = asked_by(outgoing)
-        tap = await abegin(asked) if asked is not None else None
+        tap = await abegin(asked, outgoing) if asked is not None else None
         if tap is None:
             return await self._session.request(method, url, **arguments)
         if isinstance(tap, Answer):

@@ -80,30 +80,38 @@ def asked_by(outgoing: Outgoing) -> Asked | None:
     return asked if asked.counted else None
 
 
-def begin(asked: Asked) -> Tap | Answer | None:
+def begin(asked: Asked, outgoing: Outgoing) -> Tap | Answer | None:
     """Hold what the request may cost. Raises ConfigError if nothing guards this process."""
     guard = Guard()
     try:
         outcome = guard.begin(asked)
     except Exception as error:
         return _not_begun(guard.desk, asked, error)
-    return _begun(guard.desk, asked, outcome)
+    return _begun(guard.desk, asked, outgoing, outcome)
 
 
-async def abegin(asked: Asked) -> Tap | Answer | None:
+async def abegin(asked: Asked, outgoing: Outgoing) -> Tap | Answer | None:
     """The async twin of `begin`."""
     guard = AsyncGuard()
     try:
         outcome = await guard.begin(asked)
     except Exception as error:
         return _not_begun(guard.desk, asked, error)
-    return _begun(guard.desk, asked, outcome)
+    return _begun(guard.desk, asked, outgoing, outcome)
 
 
-def _begun(desk: Desk, asked: Asked, outcome: Exchange | Refusal | Unguarded) -> Tap | Answer | None:
+def _begun(
+    desk: Desk, asked: Asked, outgoing: Outgoing, outcome: Exchange | Refusal | Unguarded
+) -> Tap | Answer | None:
     if isinstance(outcome, Refusal):
         return refusal_answer(outcome if outcome.api else replace(outcome, api=asked.api))
-    return None if isinstance(outcome, Unguarded) else Tap(desk, outcome)
+    if isinstance(outcome, Unguarded):
+        return None
+    tap = Tap(desk, outcome)
+    if tap.prepared(outgoing):
+        return tap
+    # Without the cap that was held it could cost more than was held: it does not leave.
+    return unavailable_answer(StoreUnavailable("the request could not be rewritten"), api=asked.api)
 
 
 def _not_begun(desk: Desk, asked: Asked, error: Exception) -> Answer | None:
@@ -121,34 +129,44 @@ def _not_begun(desk: Desk, asked: Asked, error: Exception) -> Answer | None:
 class Tap:
     """Sits on one granted exchange, from the rewritten request to the end of the answer. Settles exactly once."""
 
-    __slots__ = ("_desk", "_exchange", "_meter", "_over", "_status", "_unasked")
+    __slots__ = ("_desk", "_exchange", "_meter", "_outgoing", "_over", "_status", "_unasked")
 
     def __init__(self, desk: Desk, exchange: Exchange) -> None:
         self._desk = desk
         self._exchange = exchange
         self._meter: Meter | None = None
+        self._outgoing: Outgoing | None = None
         self._unasked: UnaskedUsage | None = None
         self._status: int | None = None
         self._over = False
 
+    def prepared(self, outgoing: Outgoing) -> bool:
+        """Rewrite the request; False if that fails, and then the exchange is closed as never sent."""
+        try:
+            self._outgoing = self._rewrite(outgoing)
+        except Exception:
+            log.exception("rewrite_failed", call_id=self._exchange.call.id, api=self._exchange.api)
+            self.unsent()
+            return False
+        return True
+
     def rewritten(self, outgoing: Outgoing) -> Outgoing:
         """The request as it was granted: another model, a cap, usage asked for. The same object if none of them."""
+        return self._outgoing or self._rewrite(outgoing)
+
+    def _rewrite(self, outgoing: Outgoing) -> Outgoing:
         exchange = self._exchange
         if exchange.model is None and exchange.cap is None and not exchange.ask_usage:
             return outgoing
-        try:
-            target, body = rewrite(
-                exchange.api,
-                outgoing.target,
-                outgoing.body,
-                model=exchange.model,
-                cap=exchange.cap,
-                include_usage=exchange.ask_usage,
-                provider=exchange.provider,
-            )
-        except Exception:
-            log.exception("rewrite_failed", call_id=exchange.call.id, api=exchange.api)
-            return outgoing
+        target, body = rewrite(
+            exchange.api,
+            outgoing.target,
+            outgoing.body,
+            model=exchange.model,
+            cap=exchange.cap,
+            include_usage=exchange.ask_usage,
+            provider=exchange.provider,
+        )
         headers = with_body_length(outgoing.headers, len(body))
         if exchange.ask_usage:
             # A chunk can be taken out of a plain stream only.

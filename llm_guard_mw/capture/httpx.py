@@ -165,7 +165,7 @@ class _Transport(_Guarded):
         request.read()
         outgoing = _outgoing(request)
         asked = asked_by(outgoing)
-        tap = begin(asked) if asked is not None else None
+        tap = begin(asked, outgoing) if asked is not None else None
         if tap is None:
             return self.inner.handle_request(request)
         if isinstance(tap, Answer):
@@ -195,7 +195,7 @@ class _AsyncTransport(_Guarded):
         await request.aread()
         outgoing = _outgoing(request)
         asked = asked_by(outgoing)
-        tap = await abegin(asked) if asked is not None else None
+        tap = await abegin(asked, outgoing) if asked is not None else None
         if tap is None:
             return await self.inner.handle_async_request(request)
         if isinstance(tap, Answer):

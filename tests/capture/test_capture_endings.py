@@ -250,3 +250,20 @@ async def test_an_aiohttp_error_answer_costs_nothing(url: str, books: Any) -> No
         assert await books.aquiet()
 
     assert [(event["status"], event["cost_nanos"]) for event in books.settled()] == [(400, 0)]
+
+
+def test_what_cannot_be_rewritten_does_not_leave_without_its_cap(
+    url: str, provider: StandIn, books: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr("llm_guard_mw.capture.exchange.rewrite", fails)
+
+    with sync_client(url, max_retries=0) as client, pytest.raises(openai.InternalServerError) as refused:
+        client.chat.completions.create(model="gpt-4o-mini", messages=ASK)  # no cap: one would have been written
+
+    assert refused.value.status_code == 503
+    assert not provider.rows
+    assert [event["kind"] for event in books.events()] == ["release"]
+    assert books.add_up()
