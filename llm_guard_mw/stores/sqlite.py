@@ -416,7 +416,7 @@ def _patiently(attempt: Callable[[], object]) -> None:
             if not _is_locked(error) or time.monotonic() > deadline:
                 raise
         time.sleep(pause * (0.5 + random.random()))  # noqa: S311 - spreads the waiters, is no secret
-        pause = min(pause * 1.5, 0.005)
+        pause = min(pause * 1.5, 0.001)  # longer ones lose the race against whoever comes just then
 
 
 def _translated(error: Exception, path: str) -> Exception:
