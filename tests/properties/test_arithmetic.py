@@ -83,7 +83,7 @@ def test_a_drain_is_the_rounded_down_product_of_time_and_rate(
     used, rem, stamp, rate, period = bucket
     units, left_over = divmod(elapsed * rate + rem, period)
 
-    left = (used - units, left_over) if used > units else (0, 0)
+    left = (used - units, left_over) if used > units else (0, 0) if elapsed else (used, rem)
     assert drain(used, rem, stamp, stamp + elapsed, rate, period) == (*left, stamp + elapsed)
 
 
