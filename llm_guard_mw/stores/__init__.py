@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING
 from llm_guard_mw.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llm_guard_mw.stores.redis import RedisStore
     from llm_guard_mw.stores.sqlite import SQLiteStore
 
+_REDIS = ("redis://", "rediss://", "redis+sentinel://", "rediss+sentinel://")
 
-def open_store(url: str, *, journal_max: int = 1_000_000) -> SQLiteStore:
-    """The store that a URL names: `sqlite:///relative.db`, `sqlite:////absolute.db`. Nothing is opened yet."""
+
+def open_store(url: str, *, journal_max: int = 1_000_000) -> SQLiteStore | RedisStore:
+    """The store that a URL names. Nothing is opened yet.
+
+    `sqlite:///relative.db`, `sqlite:////absolute.db`, `redis://host:port/db`, `rediss://…` with TLS, and
+    `redis+sentinel://host:port,host:port/service`.
+    """
     if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):
         from llm_guard_mw.stores.sqlite import SQLiteStore
 
         return SQLiteStore(url.removeprefix("sqlite:///"), journal_max=journal_max)
-    raise ConfigError(f"store = {url!r}: this version knows sqlite:///PATH")
+    if url.startswith(_REDIS):
+        from llm_guard_mw.stores.redis import RedisStore
+
+        return RedisStore(url, journal_max=journal_max)
+    raise ConfigError(f"store = {url.partition('://')[0]!r}…: this version knows sqlite:///PATH and redis://HOST:PORT/DB")

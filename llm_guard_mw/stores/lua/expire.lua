@@ -1,0 +1,68 @@
+-- Book the holds whose lease has run out, and free the places of calls that nobody renews. The caller has read
+-- which ones are due; here each is looked at again.
+--
+-- KEYS  1 due index   2 journal   3 subjects index   4 places index
+--       5.. exchanges, the subjects' hashes, and members of concurrency balances
+-- ARGV  1 now, ms ('' = Redis' clock)
+--       2 msgpack {exchanges, balances, places}
+--         exchange {key index, exchange}, oldest lease first
+--         balance  {key index, field, name, kind}
+--         place    {key index, name}
+-- Reply {booked, skipped}: how many were booked; how many were no longer due, or gone
+local now = time_of(ARGV[1])
+local message = cmsgpack.unpack(ARGV[2])
+local exchanges, wanted, places = message[1], message[2], message[3]
+
+local index = {}
+for i = 1, #wanted do index[wanted[i][NAME]] = i end
+local balances, subjects = read_balances(wanted)
+
+local function all_declared(hold)
+  for _, line in ipairs(hold[LINES]) do
+    if not index[line[1]] then return false end
+  end
+  return true
+end
+
+local due, touched, skipped = {}, {}, 0
+for _, each in ipairs(exchanges) do
+  local lease_end = redis.call('ZSCORE', KEYS[1], each[2])
+  local hold, draft = hold_of(redis.call('GET', KEYS[each[1]]))
+  if not hold then
+    redis.call('ZREM', KEYS[1], each[2])
+    skipped = skipped + 1
+  elseif not lease_end or tonumber(lease_end) > now or not all_declared(hold) then
+    skipped = skipped + 1
+  else
+    due[#due + 1] = {each, hold, draft}
+  end
+end
+
+for _, each in ipairs(due) do
+  for _, line in ipairs(each[2][LINES]) do
+    local i = index[line[1]]
+    if balances[i][UNTIL] == 0 then balances[i][UNTIL] = line[2] == 'total' and FOREVER or now + 33 * DAY end
+    move(balances[i], now, line[4], line[6], line[5], line[5])
+    touched[i] = true
+  end
+end
+
+write_balances(wanted, balances, subjects, touched, now, 3)
+for _, each in ipairs(due) do
+  local exchange, hold = each[1], each[2]
+  redis.call('ZREM', KEYS[1], exchange[2])
+  bury(KEYS[exchange[1]], 'abandoned', now, ABANDONED_TOMBSTONE_MS)
+  enter(KEYS[2], exchange[2] .. '/abandoned', 'abandoned', now, hold[LINES], each[3], hold[2], hold[3])
+end
+
+for _, place in ipairs(places) do
+  local members = KEYS[place[1]]
+  redis.call('ZREMRANGEBYSCORE', members, '-inf', now)
+  local first = redis.call('ZRANGE', members, 0, 0, 'WITHSCORES')
+  if #first == 0 then
+    redis.call('ZREM', KEYS[4], place[2])
+  else
+    redis.call('ZADD', KEYS[4], first[2], place[2])
+  end
+end
+return {#due, skipped}
