@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 from llm_guard_mw.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llm_guard_mw.stores.redis import RedisStore
-    from llm_guard_mw.stores.sqlite import SQLiteStore
+    from llm_guard_mw.stores.protocol import ProcessStore
 
 _REDIS = ("redis://", "rediss://", "redis+sentinel://", "rediss+sentinel://")
 
 
-def open_store(url: str, *, journal_max: int = 1_000_000) -> SQLiteStore | RedisStore:
+def open_store(url: str, *, journal_max: int = 1_000_000) -> ProcessStore:
     """The store that a URL names. Nothing is opened yet.
 
     `sqlite:///relative.db`, `sqlite:////absolute.db`, `redis://host:port/db`, `rediss://…` with TLS, and
@@ -27,4 +26,6 @@ def open_store(url: str, *, journal_max: int = 1_000_000) -> SQLiteStore | Redis
         from llm_guard_mw.stores.redis import RedisStore
 
         return RedisStore(url, journal_max=journal_max)
-    raise ConfigError(f"store = {url.partition('://')[0]!r}…: this version knows sqlite:///PATH and redis://HOST:PORT/DB")
+    raise ConfigError(
+        f"store = {url.partition('://')[0]!r}…: this version knows sqlite:///PATH and redis://HOST:PORT/DB"
+    )

@@ -30,6 +30,7 @@ from llm_guard_mw.model import JournalEntry
 from llm_guard_mw.stores.protocol import (
     BalanceState,
     ClockApart,
+    Done,
     Granted,
     HoldState,
     Refused,
@@ -44,6 +45,7 @@ from llm_guard_mw.stores.redis_client import (
     LINK_ERRORS,
     Address,
     Breaker,
+    Connection,
     Link,
     Pool,
     loading,
@@ -59,7 +61,7 @@ from llm_guard_mw.stores.redis_keys import Keys
 from llm_guard_mw.stores.redis_steps import Command, Steps, Talk
 
 T = TypeVar("T")
-Done = Callable[[BaseException | None], None]
+
 
 #: So many conversations that nobody waits for share a write.
 GROUP_MAX = 128
@@ -295,7 +297,7 @@ class _Engine:
                 return replies
         raise AssertionError
 
-    def _look_over(self, connection: redis.Connection) -> None:
+    def _look_over(self, connection: Connection) -> None:
         talk = look_over(self.steps, self.address.name)
         commands = next(talk)
         while True:

@@ -224,6 +224,11 @@ def unavailable(name: str, error: Exception) -> Exception:
     return told
 
 
+def packed(commands: Sequence[Command]) -> list[bytes]:
+    """The commands as RESP."""
+    return [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # it says: of one item
+
+
 # ---------------------------------------------------------------- Sentinel
 
 
@@ -241,16 +246,20 @@ def _master(service: str, answer: Sequence[bytes] | None) -> tuple[str, int]:
 # ---------------------------------------------------------------- sync: a pool of blocking connections
 
 
+#: redis-py's connection has no types.
+Connection = Any
+
+
 class Pool:
     """Connections for threads: each is one thread's while it speaks. Idle ones are used again, the latest first."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self._idle: deque[redis.Connection] = deque()
+        self._idle: deque[Connection] = deque()
         self._places = threading.BoundedSemaphore(address.connections)
 
     @contextmanager
-    def connection(self) -> Iterator[redis.Connection]:
+    def connection(self) -> Iterator[Connection]:
         """A connection, opened if need be. One that saw an error is closed, and so are the idle ones beside it."""
         if not self._places.acquire(timeout=self.address.timeout):
             raise StoreUnavailable(
@@ -269,7 +278,7 @@ class Pool:
         finally:
             self._places.release()
 
-    def _take(self) -> redis.Connection | None:
+    def _take(self) -> Connection | None:
         try:
             return self._idle.pop()
         except IndexError:
@@ -279,7 +288,7 @@ class Pool:
         while (connection := self._take()) is not None:
             connection.disconnect()
 
-    def _open(self) -> redis.Connection:
+    def _open(self) -> Connection:
         address = self.address
         if address.service is None:
             return self._connect(address.hosts[0], address.username, address.password, address.db)
@@ -301,9 +310,7 @@ class Pool:
             return self._connect(found, address.username, address.password, address.db)
         raise redis.exceptions.ConnectionError(f"no sentinel answered: {error}") from error
 
-    def _connect(
-        self, host: tuple[str, int], username: str | None, password: str | None, db: int
-    ) -> redis.Connection:
+    def _connect(self, host: tuple[str, int], username: str | None, password: str | None, db: int) -> Connection:
         address = self.address
         options: dict[str, Any] = {  # redis-py's own, of many types
             "host": host[0],
@@ -318,10 +325,8 @@ class Pool:
             "socket_keepalive": True,
             "client_name": CLIENT_NAME,
         }
-        if address.tls is None:
-            connection = redis.Connection(**options)
-        else:
-            connection = redis.SSLConnection(**options, **address.tls)
+        make: Any = redis.Connection if address.tls is None else redis.SSLConnection
+        connection = make(**options, **(address.tls or {}))
         try:
             connection.connect()
         except BaseException:
@@ -330,9 +335,9 @@ class Pool:
         return connection
 
 
-def speak(connection: redis.Connection, commands: Sequence[Command]) -> list[Any]:
+def speak(connection: Connection, commands: Sequence[Command]) -> list[Any]:
     """All commands in one write, then all replies; an error reply is a value among them."""
-    connection.send_packed_command([b"".join([hiredis.pack_command(command) for command in commands])])
+    connection.send_packed_command([b"".join(packed(commands))])
     replies: list[Any] = []
     for _ in commands:
         try:
@@ -381,12 +386,12 @@ class Link(asyncio.Protocol):
         if self.lost is not None:
             future.set_exception(self.lost)
             return future
-        packed = [hiredis.pack_command(command) for command in commands]
+        words = packed(commands)
         if not self._words:
             self.loop.call_soon(self._flush)
-        self._words += packed
+        self._words += words
         now = self.loop.time()
-        self._waiting.append(_Waiting(future, len(packed), now))
+        self._waiting.append(_Waiting(future, len(words), now))
         if self._watch is None:
             self._watch = self.loop.call_at(now + self.timeout, self._look)
         return future

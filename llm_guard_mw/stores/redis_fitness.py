@@ -1,8 +1,8 @@
 """Whether a Redis is fit to keep the account: asked once a process, before its first use.
 
-    refused   older than 6.2; a maxmemory-policy that evicts; contents of another version
-    warned    no persistence; a clock more than a second from ours
-    told      which server it is
+refused   older than 6.2; a maxmemory-policy that evicts; contents of another version
+warned    no persistence; a clock more than a second from ours
+told      which server it is
 """
 
 from __future__ import annotations

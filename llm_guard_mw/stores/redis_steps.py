@@ -101,8 +101,8 @@ class Steps:
             (reply,) = yield [self._reserve(wish, taken_names)]
             word, at, *rest = _decode(reply)
             self.heard(at)
-            if word == "granted":
-                return self._granted(wish, at, *rest)
+            if word in ("granted", "again"):
+                return _granted(wish, at, word == "again", *rest)
             if word == "refused":
                 due, standings, short = rest
                 if due and not swept:
@@ -113,8 +113,6 @@ class Steps:
                 return Refused(
                     tuple(_standings(offer, each) for offer, each in read), tuple(tuple(each) for each in short), at
                 )
-            if word == "again":
-                return self._granted(wish, at, *rest, again=True)
             if word == "keys":
                 (taken_names,) = rest
                 continue
@@ -126,9 +124,7 @@ class Steps:
         keys = self.keys
         exchange = keys.exchange(wish.exchange)
         taken = exchange if wish.takes is None else keys.exchange(wish.takes)
-        said = _Message(
-            keys, exchange, taken, keys.due, keys.journal, keys.subjects, keys.places, keys.call(wish.call)
-        )
+        said = _Message(keys, exchange, taken, keys.due, keys.journal, keys.subjects, keys.places, keys.call(wish.call))
         offers = [
             (
                 offer.cap,
@@ -167,37 +163,6 @@ class Steps:
             )
         )
         return said.script(RESERVE, self._now(), packed, wish.draft)
-
-    def _granted(
-        self,
-        wish: Reserve,
-        at: int,
-        offer: int,
-        cap: int,
-        lease_end: int,
-        took: bool,
-        short: list[int],
-        lines: list[list[Any]],
-        numbers: list[int],
-        again: bool = False,
-    ) -> Granted:
-        demands = wish.offers[offer].demands
-        standings = _standings(wish.offers[offer], numbers)
-        kept = [_line(line) for line in lines]
-        if not again:
-            kept += [
-                Line(
-                    demand.balance,
-                    demand.kind,
-                    demand.unit,
-                    standing.window_start,
-                    demand.fixed + demand.per_output * cap,
-                    demand.spent_at_reserve,
-                )
-                for demand, standing in zip(demands, standings, strict=True)
-                if demand.kind is not Kind.CONCURRENT
-            ]
-        return Granted(offer, cap, tuple(kept), standings, lease_end, at, tuple(short), took)
 
     # ------------------------------------------------------------ settle
 
@@ -254,9 +219,13 @@ class Steps:
         for start in range(0, max(len(exchanges), len(calls), 1), _BATCH):
             some_calls = calls[start : start + _BATCH]
             places = (yield [("SMEMBERS", self.keys.call(call)) for call in some_calls]) if some_calls else ()
-            said = _Message(self.keys, self.keys.due)
+            said = _Message(self.keys, self.keys.due, self.keys.places)
             renewed = [
-                (call, said.key(self.keys.call(call)), [said.key(self.keys.members(name.decode())) for name in names])
+                (
+                    call,
+                    said.key(self.keys.call(call)),
+                    [(said.key(self.keys.members(name)), name) for name in map(bytes.decode, names)],
+                )
                 for call, names in zip(some_calls, places, strict=True)
                 if names
             ]
@@ -297,7 +266,7 @@ class Steps:
             kept = (yield [("GET", self.keys.exchange(name)) for name in names]) if names else ()
             ((booked, skipped),) = yield [self._expiry(names, kept, [name.decode() for name in places])]
             total += booked
-            if len(due) < _BATCH and len(places) < _BATCH or skipped == len(due) > 0 or total >= most:
+            if max(len(due), len(places)) < _BATCH or skipped == len(due) > 0 or total >= most:
                 break
         if self.injected is not None:
             yield from self._lapse(now)
@@ -406,7 +375,9 @@ class Steps:
     def read_journal(self, after: str, count: int) -> Talk[Sequence[JournalEntry | Unreadable]]:
         low = f"({_stream_id(after)}" if after else "-"
         (entries,) = yield [("XRANGE", self.keys.journal, low, "+", "COUNT", count)]
-        return tuple(_entry(entry_id, dict(zip(values[::2], values[1::2], strict=True))) for entry_id, values in entries)
+        return tuple(
+            _entry(entry_id, dict(zip(values[::2], values[1::2], strict=True))) for entry_id, values in entries
+        )
 
     def trim_journal(self, upto: str) -> Talk[None]:
         if upto:
@@ -457,6 +428,38 @@ class _Message:
 
 
 # ---------------------------------------------------------------- what Redis keeps, read
+
+
+def _granted(
+    wish: Reserve,
+    at: int,
+    again: bool,
+    offer: int,
+    cap: int,
+    lease_end: int,
+    took: bool,
+    short: Sequence[int],
+    lines: Sequence[Sequence[Any]],
+    numbers: Sequence[int],
+) -> Granted:
+    """A grant, from the reply. One that was made before tells all its lines; a new one only those taken over."""
+    demands = wish.offers[offer].demands
+    standings = _standings(wish.offers[offer], numbers)
+    kept = [_line(line) for line in lines]
+    if not again:
+        kept += [
+            Line(
+                demand.balance,
+                demand.kind,
+                demand.unit,
+                standing.window_start,
+                demand.fixed + demand.per_output * cap,
+                demand.spent_at_reserve,
+            )
+            for demand, standing in zip(demands, standings, strict=True)
+            if demand.kind is not Kind.CONCURRENT
+        ]
+    return Granted(offer, cap, tuple(kept), standings, lease_end, at, tuple(short), took)
 
 
 def _standings(offer: Offer, numbers: Sequence[int]) -> tuple[Standing, ...]:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import redis
@@ -113,7 +113,7 @@ class Server:
             time.sleep(0.005)
 
 
-@lru_cache(maxsize=None)
+@cache
 def shared(leg: str) -> Server:
     """The leg's server of this test process: its contents are thrown away by each test."""
     server = Server(leg).start()
