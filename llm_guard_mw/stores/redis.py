@@ -15,9 +15,8 @@ import asyncio
 import atexit
 import os
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
@@ -197,6 +196,7 @@ class _OfLoop:
     loop: asyncio.AbstractEventLoop
     link: Link | None = None
     opening: asyncio.Task[Link] | None = None
+    end: AsyncGenerator[None, None] | None = None
 
 
 class _Engine:
@@ -354,6 +354,8 @@ class _Engine:
         if own is None or own.loop is not loop:
             self._forget_dead_loops()
             own = self.loops[id(loop)] = _OfLoop(loop)
+            own.end = _until_the_loop_ends(own)
+            await anext(own.end)
         if own.link is not None and own.link.lost is None:
             return own.link
         if own.opening is None:
@@ -390,7 +392,6 @@ class _Engine:
         for key, own in list(self.loops.items()):
             if own.loop.is_closed():
                 del self.loops[key]
-                _let_go(own)
 
     # -- for those who do not wait
 
@@ -460,12 +461,8 @@ class _Engine:
         self.pool.clear()
         loops, self.loops = self.loops, {}
         for own in loops.values():
-            if own.loop.is_running():
-                link = own.link
-                if link is not None:
-                    own.loop.call_soon_threadsafe(link.drop, redis.exceptions.ConnectionError("closed"))
-            else:
-                _let_go(own)
+            if own.link is not None and own.loop.is_running():
+                own.loop.call_soon_threadsafe(own.link.drop, redis.exceptions.ConnectionError("closed"))
 
 
 def _tell(done: Done, error: BaseException | None) -> None:
@@ -481,13 +478,13 @@ def _look_at_error(opening: asyncio.Task[Link]) -> None:
         opening.exception()
 
 
-def _let_go(own: _OfLoop) -> None:
-    """Drop the link of a loop that runs no more: it cannot be closed in order, and need not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
+async def _until_the_loop_ends(own: _OfLoop) -> AsyncGenerator[None, None]:
+    """Closes the link in order: a loop that ends closes its async generators, and tells nobody else."""
+    try:
+        yield
+    finally:
         if own.link is not None:
-            own.link.transport = None
-        own.link = None
+            own.link.drop(redis.exceptions.ConnectionError("the event loop ended"))
 
 
 # ---------------------------------------------------------------- fork and exit
