@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_guard_mw.errors import ConfigError
+from llm_guard_mw.stores.redis_address import SCHEMES
 
 if TYPE_CHECKING:
     from llm_guard_mw.stores.protocol import ProcessStore
-
-_REDIS = ("redis://", "rediss://", "redis+sentinel://", "rediss+sentinel://")
 
 
 def open_store(url: str, *, journal_max: int = 1_000_000) -> ProcessStore:
@@ -22,7 +21,7 @@ def open_store(url: str, *, journal_max: int = 1_000_000) -> ProcessStore:
         from llm_guard_mw.stores.sqlite import SQLiteStore
 
         return SQLiteStore(url.removeprefix("sqlite:///"), journal_max=journal_max)
-    if url.startswith(_REDIS):
+    if url.partition("://")[0] in SCHEMES:
         from llm_guard_mw.stores.redis import RedisStore
 
         return RedisStore(url, journal_max=journal_max)

@@ -40,9 +40,9 @@ from llm_guard_mw.stores.protocol import (
     TooLate,
     Unreadable,
 )
+from llm_guard_mw.stores.redis_address import Address, read_url
 from llm_guard_mw.stores.redis_client import (
     LINK_ERRORS,
-    Address,
     Breaker,
     Connection,
     Link,
@@ -50,7 +50,6 @@ from llm_guard_mw.stores.redis_client import (
     loading,
     open_link,
     raise_if_away,
-    read_url,
     speak,
     to_load,
     unavailable,

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 import hiredis
 import redis
@@ -27,126 +24,13 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from llm_guard_mw.errors import ConfigError, StoreUnavailable
+from llm_guard_mw.stores.redis_address import Address
 from llm_guard_mw.stores.redis_scripts import SCRIPTS
 from llm_guard_mw.stores.redis_steps import Command
 
-TIMEOUT_SECONDS: Final = 0.25
-CONNECTIONS: Final = 32
 #: How long Redis is left alone after it could not be reached.
 REST_SECONDS: Final = 1.0
 CLIENT_NAME: Final = "llm_guard"
-
-SCHEMES: Final = ("redis", "rediss", "redis+sentinel", "rediss+sentinel")
-_PORTS: Final = {"redis": 6379, "rediss": 6379, "redis+sentinel": 26379, "rediss+sentinel": 26379}
-_OPTIONS: Final = (
-    "timeout",
-    "max_connections",
-    "prefix",
-    "sentinel_username",
-    "sentinel_password",
-    "ssl_ca_certs",
-    "ssl_certfile",
-    "ssl_keyfile",
-    "ssl_cert_reqs",
-)
-
-# ---------------------------------------------------------------- where it is
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A store URL, read: `redis://user:password@host:port/db`, `rediss://…`, `redis+sentinel://h:p,h:p/service/db`."""
-
-    hosts: tuple[tuple[str, int], ...]
-    service: str | None = None
-    username: str | None = None
-    password: str | None = None
-    db: int = 0
-    tls: Mapping[str, str] | None = None
-    timeout: float = TIMEOUT_SECONDS
-    connections: int = CONNECTIONS
-    prefix: str | None = None
-    sentinel_username: str | None = None
-    sentinel_password: str | None = None
-
-    @property
-    def name(self) -> str:
-        """For messages: without credentials."""
-        hosts = ",".join(f"{host}:{port}" for host, port in self.hosts)
-        return f"{hosts}/{self.service}/{self.db}" if self.service else f"{hosts}/{self.db}"
-
-    def tls_context(self) -> ssl.SSLContext | None:
-        if self.tls is None:
-            return None
-        context = ssl.create_default_context(cafile=self.tls.get("ssl_ca_certs"))
-        if self.tls.get("ssl_cert_reqs") == "none":
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        if "ssl_certfile" in self.tls:
-            context.load_cert_chain(self.tls["ssl_certfile"], self.tls.get("ssl_keyfile"))
-        return context
-
-
-def read_url(url: str) -> Address:
-    """The address that a URL names; ConfigError says which piece is wrong, and never shows the password."""
-    parts = urlsplit(url)
-    scheme = parts.scheme
-    if scheme not in SCHEMES:
-        raise ConfigError(f"store: scheme {scheme!r} is not one of {', '.join(SCHEMES)}")
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    username, colon, password = credentials.partition(":")
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    unknown = sorted(options.keys() - set(_OPTIONS))
-    if unknown:
-        raise ConfigError(f"store: unknown option {unknown[0]!r} in the URL; known are {', '.join(_OPTIONS)}")
-    path = [unquote(part) for part in parts.path.split("/") if part]
-    service = None
-    if scheme.endswith("+sentinel"):
-        if not path:
-            raise ConfigError(f"store: name the service: {scheme}://host:port,host:port/SERVICE")
-        service = path.pop(0)
-    tls = {key: value for key, value in options.items() if key.startswith("ssl_")}
-    if tls and not scheme.startswith("rediss"):
-        raise ConfigError(f"store: {next(iter(tls))!r} needs TLS: write rediss:// for redis://")
-    if tls.get("ssl_cert_reqs", "required") not in ("required", "none"):
-        raise ConfigError(f"store: ssl_cert_reqs={tls['ssl_cert_reqs']!r}: write required or none")
-    return Address(
-        hosts=tuple(_host(each, _PORTS[scheme]) for each in (hosts or "localhost").split(",")),
-        service=service,
-        username=unquote(username) or None,
-        password=unquote(password) if colon else None,
-        db=_number("database", path[0]) if path else 0,
-        tls=tls if scheme.startswith("rediss") else None,
-        timeout=_seconds(options.get("timeout", str(TIMEOUT_SECONDS))),
-        connections=_number("max_connections", options.get("max_connections", str(CONNECTIONS))),
-        prefix=options.get("prefix"),
-        sentinel_username=options.get("sentinel_username"),
-        sentinel_password=options.get("sentinel_password"),
-    )
-
-
-def _host(text: str, port: int) -> tuple[str, int]:
-    if text.startswith("["):  # an IPv6 address
-        host, _, rest = text[1:].partition("]")
-        return host, _number("port", rest[1:]) if rest else port
-    host, colon, number = text.partition(":")
-    return host or "localhost", _number("port", number) if colon else port
-
-
-def _number(what: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise ConfigError(f"store: {what} {text!r} is not a number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= 60:
-        raise ConfigError(f"store: timeout={text!r}: write seconds between 0 and 60, such as {TIMEOUT_SECONDS}")
-    return seconds
-
 
 # ---------------------------------------------------------------- what may go wrong
 

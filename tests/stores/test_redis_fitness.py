@@ -16,7 +16,7 @@ from llm_guard_mw.errors import ConfigError, StoreUnavailable
 from llm_guard_mw.stores import open_store
 from llm_guard_mw.stores.protocol import Granted
 from llm_guard_mw.stores.redis import RedisStore
-from llm_guard_mw.stores.redis_client import Address, read_url
+from llm_guard_mw.stores.redis_address import Address, read_url
 from tests.model import servers
 from tests.model.world import MINUTE, concurrent, dollars, offer, prepaid, requests, settled, tokens, wish
 from tests.stores.faulty_proxy import FaultyProxy
@@ -221,9 +221,8 @@ def tls_server(tmp_path: Path) -> Iterator[tuple[servers.Server, Path]]:
         pytest.skip("TLS did not run: no server here was built with it")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        + ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
-        + ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+        f" -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout {key} -out {certificate}".split(),
         check=True,
         capture_output=True,
     )
@@ -233,8 +232,9 @@ def tls_server(tmp_path: Path) -> Iterator[tuple[servers.Server, Path]]:
     def ready() -> bool:
         import socket
 
-        with socket.create_connection(("127.0.0.1", tls_port)) as raw, context.wrap_socket(
-            raw, server_hostname="localhost"
+        with (
+            socket.create_connection(("127.0.0.1", tls_port)) as raw,
+            context.wrap_socket(raw, server_hostname="localhost"),
         ):
             return True
 
@@ -251,9 +251,8 @@ def _speaks_tls(leg: str) -> bool:
     file = servers.binary(leg)
     if file is None:
         return False
-    answer = subprocess.run([str(file), "--tls-port", "0", "--port", "0", "--version"], capture_output=True, text=True)
     linked = subprocess.run(["ldd", str(file)], capture_output=True, text=True)
-    return answer.returncode == 0 and "libssl" in linked.stdout
+    return "libssl" in linked.stdout
 
 
 def test_tls_is_spoken_and_the_certificate_looked_at(tls_server: tuple[servers.Server, Path]) -> None:
@@ -265,8 +264,8 @@ def test_tls_is_spoken_and_the_certificate_looked_at(tls_server: tuple[servers.S
 
     with pytest.raises(StoreUnavailable, match="certificate"):
         strangers.journal_length()
+    strangers.engine.breaker.worked()
     with pytest.raises(StoreUnavailable, match="certificate"):
-        strangers.engine.breaker.worked()
         asyncio.run(strangers.async_face().close_call("c"))
     good.close()
     strangers.close()
@@ -290,19 +289,23 @@ def test_a_url_is_read_with_all_its_parts() -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("redis+cluster://h", "scheme"),
-        ("redis://h/x", "database 'x'"),
-        ("redis://h:port", "port 'port'"),
-        ("redis://h?tiemout=1", "unknown option 'tiemout'"),
+        ("redis+cluster://h", "the scheme is none of redis, rediss"),
+        ("redis://h/x", "the database in the URL is not a number"),
+        ("redis://h:port", "the port in the URL is not a number"),
+        ("redis://:SECR/ET@h", "in a password, write / @ : ? # as"),
+        ("redis://:SECR?ET@h", "none of timeout, max_connections"),
         ("redis://h?timeout=0", "between 0 and 60"),
         ("redis+sentinel://h", "name the service"),
         ("redis://h?ssl_ca_certs=x", "rediss://"),
-        ("rediss://h?ssl_cert_reqs=maybe", "required or none"),
+        ("rediss://h?ssl_cert_reqs=maybe", "neither required nor none"),
     ],
 )
 def test_a_url_that_says_something_else_is_told_what_would_be_right(url: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
         read_url(url)
+
+    assert "SECR" not in str(caught.value)
+    assert "ET" not in str(caught.value)
 
 
 def test_the_store_of_a_redis_url_is_opened_at_its_first_use() -> None:
