@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from llm_guard_mw.errors import StoreUnavailable
-from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Offer, Unit
+from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Offer, Unit, Window
 from llm_guard_mw.stores.journal import read_event
 from llm_guard_mw.stores.protocol import (
     BalanceState,
@@ -53,7 +53,6 @@ _CLOSE_MS = 50
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
-_decode_lines = msgspec.msgpack.Decoder(tuple[tuple[str, Kind, Unit, int, int, bool], ...]).decode
 _KINDS = {"b": Kind.BUCKET, "c": Kind.CALENDAR, "t": Kind.TOTAL}
 _SETTLED = {
     1: Settled.DONE,
@@ -62,6 +61,7 @@ _SETTLED = {
     4: Settled.ORPHAN,
     5: Settled.TOO_LATE,
 }
+_LINES = 4
 _ENDING = re.compile(rb"-(\w+) (\d+)")
 
 
@@ -125,32 +125,26 @@ class Steps:
         exchange = keys.exchange(wish.exchange)
         taken = exchange if wish.takes is None else keys.exchange(wish.takes)
         said = _Message(keys, exchange, taken, keys.due, keys.journal, keys.subjects, keys.places, keys.call(wish.call))
-        offers = [
-            (
-                offer.cap,
-                offer.at_least,
-                [
-                    (
-                        said.balance(demand.balance, demand.kind),
-                        demand.unit,
-                        demand.ceiling,
-                        demand.fixed,
-                        demand.per_output,
-                        demand.spent_at_reserve,
-                        demand.rate,
-                        demand.period,
-                        demand.tick,
-                        [edge for window in demand.windows for edge in (window.start, window.end)],
-                    )
-                    for demand in offer.demands
-                ],
-            )
-            for offer in wish.offers
-        ]
+        offers: list[Any] = [len(wish.offers)]
+        for offer in wish.offers:
+            offers += (offer.cap, offer.at_least, len(offer.demands))
+            for demand in offer.demands:
+                offers += (
+                    said.balance(demand.balance, demand.kind),
+                    demand.unit,
+                    demand.ceiling,
+                    demand.fixed,
+                    demand.per_output,
+                    demand.unit is Unit.REQUESTS,  # spent_at_reserve
+                )
+                if demand.kind is Kind.CALENDAR:
+                    offers += _edges(demand.windows)
+                else:
+                    offers += (demand.rate, demand.period, demand.tick, 0)
         for name in taken_names:  # of other kinds than those here: they move only what they hold
             said.balance(name, _kind_of(name))
         packed = _encode(
-            (
+            [
                 wish.exchange,
                 wish.call,
                 wish.lease_ms,
@@ -158,9 +152,10 @@ class Steps:
                 wish.force,
                 wish.takes or "",
                 self.room,
-                said.balances,
-                offers,
-            )
+                said.count,
+                *said.balances,
+                *offers,
+            ]
         )
         return said.script(RESERVE, self._now(), packed, wish.draft)
 
@@ -173,43 +168,43 @@ class Steps:
             if kept is None or not kept.startswith(b"+"):
                 return Settled.AGAIN
             learnt = True
-            lines = [_line(line) for line in _hold(kept)[4]]
-            moved = tuple(Moved(line, line.amount if line.spent else 0) for line in lines)
+            moved = tuple(Moved(line, line.amount if line.spent else 0) for line in _lines(_hold(kept)[_LINES:]))
         (outcome,) = yield [self._settle(settlement, moved, learnt)]
         return _SETTLED[outcome]
 
     def _settle(self, settlement: Settlement, moved: Sequence[Moved], learnt: bool) -> Command:
         keys = self.keys
         said = _Message(keys, keys.exchange(settlement.exchange), keys.due, keys.journal, keys.subjects)
-        moves = [
-            (
+        moves: list[Any] = [len(moved)]
+        for each in moved:
+            line = each.line
+            moves += (
                 said.balance(line.balance, line.kind),
                 line.unit,
                 line.window_start,
                 line.amount,
                 line.spent,
-                actual,
+                each.actual,
             )
-            for line, actual in ((each.line, each.actual) for each in moved)
-        ]
         packed = _encode(
-            (
+            [
                 settlement.exchange,
                 settlement.kind,
                 settlement.lease_end,
                 settlement.fresh,
                 learnt,
                 "",
-                said.balances,
-                moves,
-            )
+                said.count,
+                *said.balances,
+                *moves,
+            ]
         )
         return said.script(SETTLE, self._now(), packed, settlement.payload)
 
     def append(self, entry_id: str, payload: bytes) -> Talk[None]:
         keys = self.keys
         said = _Message(keys, keys.refusal(entry_id), keys.due, keys.journal, keys.subjects)
-        packed = _encode(("", EntryKind.REFUSED, 0, True, False, entry_id, (), ()))
+        packed = _encode(("", EntryKind.REFUSED, 0, True, False, entry_id, 0, 0))
         yield [said.script(SETTLE, self._now(), packed, payload)]
 
     # ------------------------------------------------------------ leases, calls, scope values
@@ -277,10 +272,10 @@ class Steps:
         exchanges = [(said.key(self.keys.exchange(name)), name) for name in names]
         for each in kept:
             if each is not None and each.startswith(b"+"):
-                for line in _hold(each)[4]:
-                    said.balance(line[0], Kind(line[1]))
+                for line in _lines(_hold(each)[_LINES:]):
+                    said.balance(line.balance, line.kind)
         members = [(said.key(self.keys.members(name)), name) for name in places]
-        return said.script(EXPIRE, self._now(), _encode((exchanges, said.balances, members)))
+        return said.script(EXPIRE, self._now(), _encode((exchanges, members, said.count, *said.balances)))
 
     def _lapse(self, now: int) -> Talk[None]:
         """End the endings that have had their time. Redis does so by its TTLs; a clock of the test's own needs this."""
@@ -352,7 +347,7 @@ class Steps:
             return ()
         kept = yield [("GET", self.keys.exchange(name)) for name in page]
         return tuple(
-            HoldState(name, hold[0], ends[name], tuple(_line(line) for line in hold[4]))
+            HoldState(name, hold[0], ends[name], _lines(hold[_LINES:]))
             for name, hold in ((name, _hold(each)) for name, each in zip(page, kept, strict=True) if _is_hold(each))
         )
 
@@ -402,7 +397,8 @@ class _Message:
     def __init__(self, keys: Keys, *first: str) -> None:
         self.names = keys
         self.keys = list(first)
-        self.balances: list[tuple[int, str, str, Kind]] = []
+        self.balances: list[int | str] = []  # flat: key index, field, name, kind of each
+        self.count = 0
         self._known_keys: dict[str, int] = {}
         self._known: dict[str, int] = {}
 
@@ -419,8 +415,9 @@ class _Message:
         number = self._known.get(name)
         if number is None:
             key, field = self.names.place_of(name, kind)
-            self.balances.append((self.key(key), field, name, kind))
-            number = self._known[name] = len(self.balances)
+            self.balances += (self.key(key), field, name, kind)
+            self.count += 1
+            number = self._known[name] = self.count
         return number
 
     def script(self, script: Script, *arguments: str | bytes | int) -> Command:
@@ -439,13 +436,13 @@ def _granted(
     lease_end: int,
     took: bool,
     short: Sequence[int],
-    lines: Sequence[Sequence[Any]],
+    lines: Sequence[Any],
     numbers: Sequence[int],
 ) -> Granted:
     """A grant, from the reply. One that was made before tells all its lines; a new one only those taken over."""
     demands = wish.offers[offer].demands
     standings = _standings(wish.offers[offer], numbers)
-    kept = [_line(line) for line in lines]
+    kept = list(_lines(lines))
     if not again:
         kept += [
             Line(
@@ -474,9 +471,19 @@ def _standings(offer: Offer, numbers: Sequence[int]) -> tuple[Standing, ...]:
     return tuple(standings)
 
 
-def _line(fields: Sequence[Any]) -> Line:
-    balance, kind, unit, window_start, amount, spent = fields
-    return Line(balance, Kind(kind), Unit(unit), window_start, amount, spent)
+def _lines(values: Sequence[Any]) -> tuple[Line, ...]:
+    """Lines as the scripts keep them: six values each, flat."""
+    return tuple(
+        Line(balance, Kind(kind), Unit(unit), window_start, amount, spent)
+        for balance, kind, unit, window_start, amount, spent in zip(*[iter(values)] * 6, strict=True)
+    )
+
+
+def _edges(windows: Sequence[Window]) -> tuple[int, int, int, int]:
+    """The starts and ends of two windows; one that is not there contains no time."""
+    edges = [edge for window in windows[:2] for edge in (window.start, window.end)]
+    first, over, second, last = (*edges, 0, 0, 0, 0)[:4]
+    return first, over, second, last
 
 
 def _is_hold(kept: bytes | None) -> bool:
@@ -484,7 +491,7 @@ def _is_hold(kept: bytes | None) -> bool:
 
 
 def _hold(kept: bytes) -> list[Any]:
-    """`[call, offer, cap, took, lines]` of a hold, as _bucket.lua writes it."""
+    """`[call, offer, cap, took, *lines]` of a hold, as _bucket.lua writes it."""
     length = int.from_bytes(kept[1:5])
     hold: list[Any] = _decode(kept[5 : 5 + length])
     return hold
@@ -517,7 +524,7 @@ def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> JournalEntry | Unread
     try:
         kind, at = EntryKind(fields[b"kind"].decode()), int(fields[b"at"])
         name = fields[b"id"].decode()
-        lines = tuple(Line(*each) for each in _decode_lines(fields[b"lines"]))
+        lines = _lines(_decode(fields[b"lines"]))
     except (msgspec.MsgspecError, LookupError, ValueError, TypeError) as error:  # not written by a script of ours
         reason = f"{type(error).__name__}: {error}"
         at = int(position.partition("-")[0])

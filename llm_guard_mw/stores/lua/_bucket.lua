@@ -10,7 +10,8 @@
 -- (ms since the epoch; STAMP in ticks of TICK ms), SPENT, HELD and RATE are units, REM is a unit's fraction in
 -- 1/PERIOD. From UNTIL on it says nothing any more.
 local KIND, START, SPENT, HELD, REM, STAMP, RATE, PERIOD, TICK, CHANGES, UNTIL = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
--- What a message says about a balance: where it is kept (an index of KEYS, a field) and what it is.
+-- A message lists its balances flat, since nested msgpack costs thrice the time: a count, and for each of them where
+-- it is kept (an index of KEYS, a field) and what it is (its name, and its kind as a word).
 local KEY, FIELD, NAME, SORT = 1, 2, 3, 4
 local DAY = 86400000
 -- Longer than this is for ever: the sum still has to be an exact integer.
@@ -40,8 +41,12 @@ local function drain(balance, now)
     if periods > enough then periods = enough end
     local per_tick, fraction = divide(rate, period)
     local whole, rest = divide(elapsed * fraction + balance[REM], period)
-    balance[SPENT] = math.max(0, balance[SPENT] - periods * rate - elapsed * per_tick - whole)
-    balance[REM] = rest
+    local left = balance[SPENT] - periods * rate - elapsed * per_tick - whole
+    if left > 0 then
+      balance[SPENT], balance[REM] = left, rest
+    else
+      balance[SPENT], balance[REM] = 0, 0
+    end
   end
   balance[STAMP] = ticks
 end
@@ -52,18 +57,25 @@ local function balance_of(bytes, kind)
   return bytes and cmsgpack.unpack(bytes) or {string.sub(kind, 1, 1), 0, 0, 0, 0, 0, 0, 0, 1, 0, 0}
 end
 
--- `balances[i]` and `bytes[i]`, as it was kept, belong to `wanted[i]`; concurrency is not kept here. One HMGET a subject.
-local function read_balances(wanted)
+-- What `message`, whose balances are counted at `at`, says of its balance `i`.
+local message, at
+
+local function said(i, what)
+  return message[at + 4 * i - 4 + what]
+end
+
+-- `balances[i]`, and `bytes[i]` as it was kept; concurrency is not kept here. One HMGET a subject.
+local function read_balances()
   local subjects, balances, bytes = {}, {}, {}
-  for i = 1, #wanted do
-    local want = wanted[i]
-    if want[SORT] ~= 'concurrent' then
-      local subject = subjects[want[KEY]]
+  for i = 1, message[at] do
+    if said(i, SORT) ~= 'concurrent' then
+      local key = said(i, KEY)
+      local subject = subjects[key]
       if not subject then
         subject = {fields = {'ttl'}, places = {}}
-        subjects[want[KEY]] = subject
+        subjects[key] = subject
       end
-      subject.fields[#subject.fields + 1] = want[FIELD]
+      subject.fields[#subject.fields + 1] = said(i, FIELD)
       subject.places[#subject.places + 1] = i
     end
   end
@@ -72,7 +84,7 @@ local function read_balances(wanted)
     subject.ttl = tonumber(values[1] or 0)
     for n, i in ipairs(subject.places) do
       bytes[i] = values[n + 1]
-      balances[i] = balance_of(bytes[i], wanted[i][SORT])
+      balances[i] = balance_of(bytes[i], said(i, SORT))
     end
   end
   return balances, subjects, bytes
@@ -87,7 +99,7 @@ end
 
 -- Write the balances that `touched` names. A subject lives as long as the longest of its balances, and a day more,
 -- so that its TTL is set once a day and not at each write. A new subject enters the index `KEYS[index]`.
-local function write_balances(wanted, balances, subjects, touched, now, index)
+local function write_balances(balances, subjects, touched, now, index)
   for key, subject in pairs(subjects) do
     local sets, longest = {}, subject.ttl
     for n, i in ipairs(subject.places) do
@@ -122,10 +134,11 @@ end
 
 -- ------------------------------------------------------------ holds, endings, the journal
 
--- A hold is '+', the length of what follows (4 bytes), msgpack {call, offer, cap, took, lines}, and the draft; a line
--- is {balance's name, kind, unit, window start, amount, spent}. Its lease end is its score in the due index.
+-- A hold is '+', the length of what follows (4 bytes), msgpack {call, offer, cap, took, line, ...}, and the
+-- draft; a line is six values: balance's name, kind, unit, window start, amount, spent. Its lease end is its score in
+-- the due index.
 -- An ending is '-', its name, and when it may be forgotten.
-local LINES = 5
+local LINES, L_NAME, L_KIND, L_UNIT, L_START, L_AMOUNT, L_SPENT = 5, 0, 1, 2, 3, 4, 5
 
 local function kept_hold(hold, draft)
   local packed = cmsgpack.pack(hold)
@@ -141,6 +154,13 @@ end
 
 local function bury(key, ending, now, keep_ms)
   redis.call('SET', key, string.format('-%s %.0f', ending, now + keep_ms), 'PX', keep_ms)
+end
+
+-- Six values behind those that are there.
+local function add_line(lines, name, kind, unit, start, amount, spent)
+  local n = #lines
+  lines[n + 1], lines[n + 2], lines[n + 3] = name, kind, unit
+  lines[n + 4], lines[n + 5], lines[n + 6] = start, amount, spent
 end
 
 local function enter(journal, id, kind, now, lines, payload, offer, cap)

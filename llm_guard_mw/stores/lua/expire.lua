@@ -4,22 +4,21 @@
 -- KEYS  1 due index   2 journal   3 subjects index   4 places index
 --       5.. exchanges, the subjects' hashes, and members of concurrency balances
 -- ARGV  1 now, ms ('' = Redis' clock)
---       2 msgpack {exchanges, balances, places}
+--       2 msgpack {exchanges, places, balances (a count; key index, field, name, kind of each)}
 --         exchange {key index, exchange}, oldest lease first
---         balance  {key index, field, name, kind}
 --         place    {key index, name}
 -- Reply {booked, skipped}: how many were booked; how many were no longer due, or gone
 local now = time_of(ARGV[1])
-local message = cmsgpack.unpack(ARGV[2])
-local exchanges, wanted, places = message[1], message[2], message[3]
+message, at = cmsgpack.unpack(ARGV[2]), 3
+local exchanges, places = message[1], message[2]
 
 local index = {}
-for i = 1, #wanted do index[wanted[i][NAME]] = i end
-local balances, subjects = read_balances(wanted)
+for i = 1, message[at] do index[said(i, NAME)] = i end
+local balances, subjects = read_balances()
 
 local function all_declared(hold)
-  for _, line in ipairs(hold[LINES]) do
-    if not index[line[1]] then return false end
+  for l = LINES, #hold, 6 do
+    if not index[hold[l + L_NAME]] then return false end
   end
   return true
 end
@@ -39,20 +38,24 @@ for _, each in ipairs(exchanges) do
 end
 
 for _, each in ipairs(due) do
-  for _, line in ipairs(each[2][LINES]) do
-    local i = index[line[1]]
-    if balances[i][UNTIL] == 0 then balances[i][UNTIL] = line[2] == 'total' and FOREVER or now + 33 * DAY end
-    move(balances[i], now, line[4], line[6], line[5], line[5])
+  local hold = each[2]
+  for l = LINES, #hold, 6 do
+    local i, amount = index[hold[l + L_NAME]], hold[l + L_AMOUNT]
+    local balance = balances[i]
+    if balance[UNTIL] == 0 then balance[UNTIL] = hold[l + L_KIND] == 'total' and FOREVER or now + 33 * DAY end
+    move(balance, now, hold[l + L_START], hold[l + L_SPENT], amount, amount)
     touched[i] = true
   end
 end
 
-write_balances(wanted, balances, subjects, touched, now, 3)
+write_balances(balances, subjects, touched, now, 3)
 for _, each in ipairs(due) do
   local exchange, hold = each[1], each[2]
+  local lines = {}
+  for l = LINES, #hold do lines[#lines + 1] = hold[l] end
   redis.call('ZREM', KEYS[1], exchange[2])
   bury(KEYS[exchange[1]], 'abandoned', now, ABANDONED_TOMBSTONE_MS)
-  enter(KEYS[2], exchange[2] .. '/abandoned', 'abandoned', now, hold[LINES], each[3], hold[2], hold[3])
+  enter(KEYS[2], exchange[2] .. '/abandoned', 'abandoned', now, lines, each[3], hold[2], hold[3])
 end
 
 for _, place in ipairs(places) do

@@ -5,20 +5,18 @@
 --       5.. the subjects' hashes
 -- ARGV  1 now, ms ('' = Redis' clock)
 --       2 msgpack {exchange, kind, lease end (ms), fresh (bool), learnt (bool), entry id ('' = exchange/kind),
---                  balances, moves}
---         balance {key index, field, name, kind}
---         move    {balance index, unit, window start (ms), held (units), spent (bool), actual (units)}
+--                  balances (a count; key index, field, name, kind of each),
+--                  moves (a count; balance, unit, window start (ms), held (units), spent (bool), actual of each)}
 --       3 payload of the entry, bytes
 --       `learnt` says that the moves were read from the hold, by somebody who was never told the grant: without a
 --       hold there is nothing to do.
 -- Reply 1 done   2 it had been done before   3 corrected   4 orphan   5 too late
-local EXCHANGE, ENDING, LEASE_END, FRESH, LEARNT, ENTRY, BALANCES, MOVES = 1, 2, 3, 4, 5, 6, 7, 8
+local EXCHANGE, ENDING, LEASE_END, FRESH, LEARNT, ENTRY = 1, 2, 3, 4, 5, 6
 local PLACE, UNIT, WINDOW, HELD_HERE, AT_ONCE, ACTUAL = 1, 2, 3, 4, 5, 6
 local DONE, AGAIN, CORRECTED, ORPHAN, TOO_LATE = 1, 2, 3, 4, 5
 
 local now = time_of(ARGV[1])
-local message = cmsgpack.unpack(ARGV[2])
-local wanted, moves = message[BALANCES], message[MOVES]
+message, at = cmsgpack.unpack(ARGV[2]), 7
 local kind, keep_ms, outcome = message[ENDING], TOMBSTONE_MS, DONE
 local correcting, booking = false, false
 
@@ -36,32 +34,34 @@ elseif kept == '' then
   booking = true
 end
 
-local balances, subjects = read_balances(wanted)
+local balances, subjects = read_balances()
 local touched, lines = {}, {}
-for _, each in ipairs(moves) do
-  local i = each[PLACE]
-  local balance, start, amount = balances[i], each[WINDOW], each[ACTUAL]
-  local held = booking and 0 or each[HELD_HERE]
+local moves = at + 4 * message[at] + 1
+for n = 1, message[moves] do
+  local each = moves + 6 * n - 6
+  local i, start, amount = message[each + PLACE], message[each + WINDOW], message[each + ACTUAL]
+  local balance, sort = balances[i], said(i, SORT)
+  local held = booking and 0 or message[each + HELD_HERE]
   if correcting then amount, held = amount - held, 0 end
   if not correcting or amount ~= 0 then
-    if booking and wanted[i][SORT] ~= 'bucket' and start > balance[START] then
+    if booking and sort ~= 'bucket' and start > balance[START] then
       balance[START], balance[SPENT], balance[HELD], balance[UNTIL] = start, 0, 0, 0
     end
     -- Nobody said when this window ends; no window is longer than a month.
-    if wanted[i][SORT] == 'total' then
+    if sort == 'total' then
       balance[UNTIL] = FOREVER
     elseif balance[UNTIL] == 0 then
       balance[UNTIL] = now + 33 * DAY
     end
-    move(balance, now, start, each[AT_ONCE], held, amount)
+    move(balance, now, start, message[each + AT_ONCE], held, amount)
     touched[i] = true
   end
   if amount ~= 0 then
-    lines[#lines + 1] = {wanted[i][NAME], wanted[i][SORT], each[UNIT], start, amount, each[AT_ONCE]}
+    add_line(lines, said(i, NAME), sort, message[each + UNIT], start, amount, message[each + AT_ONCE])
   end
 end
 
-write_balances(wanted, balances, subjects, touched, now, 4)
+write_balances(balances, subjects, touched, now, 4)
 if not correcting and not booking then redis.call('ZREM', KEYS[2], message[EXCHANGE]) end
 bury(KEYS[1], correcting and 'corrected' or kind, now, keep_ms)
 local id = message[ENTRY]
