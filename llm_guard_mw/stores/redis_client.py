@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import hiredis
 import redis
@@ -245,6 +245,10 @@ class _Waiting:
 
 
 _MORE: Final = object()
+#: After this a loop has read what had arrived.
+_TURN_SECONDS: Final = 0.01
+#: Opening a link takes some turns of the loop, which may be busy; one that is open hears its replies in one.
+_OPENING_TIMEOUTS: Final = 4
 
 
 class Link(asyncio.Protocol):
@@ -299,22 +303,24 @@ class Link(asyncio.Protocol):
         if self.transport is not None and self.lost is None:
             self.transport.write(b"".join(words))
 
-    def _look(self) -> None:
-        """Has the oldest waited too long? The loop may have been busy: what has arrived is read before this runs."""
+    def _look(self, suspect: _Waiting | None = None) -> None:
+        """Has the oldest waited too long? A busy loop may not have read what arrived: it gets a turn to do so."""
         self._watch = None
         if not self._waiting:
             return
-        due = self._waiting[0].since + self.timeout
-        if due <= self.loop.time():
+        oldest = self._waiting[0]
+        due = oldest.since + self.timeout
+        if due > self.loop.time():
+            self._watch = self.loop.call_at(due, self._look)
+        elif oldest is suspect:
             self.drop(redis.exceptions.TimeoutError(f"no reply for {self.timeout} s"))
         else:
-            self._watch = self.loop.call_at(due, self._look)
+            self._watch = self.loop.call_later(_TURN_SECONDS, self._look, oldest)
 
     # -- what the loop tells
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's is one
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one, but does not say so
         raw = transport.get_extra_info("socket")
         if raw is not None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -361,12 +367,12 @@ async def _open_link(
 ) -> Link:
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(address.timeout):
+        async with asyncio.timeout(_OPENING_TIMEOUTS * address.timeout):
             _, link = await loop.create_connection(
                 lambda: Link(loop, address.timeout), host[0], host[1], ssl=address.tls_context()
             )
     except TimeoutError as error:
-        raise redis.exceptions.TimeoutError(f"no connection to {host[0]}:{host[1]} in {address.timeout} s") from error
+        raise redis.exceptions.TimeoutError(f"no connection to {host[0]}:{host[1]}") from error
     hello: list[Command] = []
     if password is not None:
         hello.append(("AUTH", username, password) if username else ("AUTH", password))

@@ -6,10 +6,11 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import uvloop
 
 from llm_guard_mw.errors import StoreUnavailable
 from llm_guard_mw.model import EntryKind
@@ -329,6 +330,22 @@ def test_work_that_nobody_waits_for_tells_when_it_failed(store: RedisStore, prox
     store.close()
 
     assert isinstance(told[0], StoreUnavailable)
+
+
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_a_loop_that_was_busy_does_not_blame_the_server(
+    store: RedisStore, runner: Callable[[Coroutine[None, None, bool]], bool]
+) -> None:
+    async def busy() -> bool:
+        face = store.async_face()
+        await face.close_call("warm")
+        call = asyncio.ensure_future(face.admit("parent", "tag:team", "red", 1, 5))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        time.sleep(2 * TIMEOUT_SECONDS)  # noqa: ASYNC251 - the app's own code blocks the loop
+        return await call
+
+    assert runner(busy())
 
 
 # ---------------------------------------------------------------- scripts
