@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -90,6 +91,8 @@ def read_url(url: str) -> Address:
         raise ConfigError("store: ssl_ options need TLS: write rediss:// for redis://")
     if tls.get("ssl_cert_reqs", "required") not in ("required", "none"):
         raise ConfigError("store: ssl_cert_reqs is neither required nor none")
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]+", options.get("prefix", "llm_guard")):
+        raise ConfigError("store: the prefix may have letters, digits and _ . : - in it")
     return Address(
         hosts=tuple(_host(each, _PORTS[scheme]) for each in (hosts or "localhost").split(",")),
         service=service,

@@ -267,8 +267,11 @@ def test_tls_is_spoken_and_the_certificate_looked_at(tls_server: tuple[servers.S
     strangers.engine.breaker.worked()
     with pytest.raises(StoreUnavailable, match="certificate"):
         asyncio.run(strangers.async_face().close_call("c"))
-    good.close()
-    strangers.close()
+    trusting = RedisStore(f"rediss://localhost:{server.port}/0?ssl_cert_reqs=none&timeout=2")
+    trusting.journal_length()
+    asyncio.run(trusting.async_face().close_call("c"))
+    for store in (good, strangers, trusting):
+        store.close()
 
 
 # ---------------------------------------------------------------- the URL
@@ -296,6 +299,7 @@ def test_a_url_is_read_with_all_its_parts() -> None:
         ("redis://:SECR?ET@h", "none of timeout, max_connections"),
         ("redis://h?timeout=0", "between 0 and 60"),
         ("redis+sentinel://h", "name the service"),
+        ("redis://h?prefix=a{b}", "the prefix may have"),
         ("redis://h?ssl_ca_certs=x", "rediss://"),
         ("rediss://h?ssl_cert_reqs=maybe", "neither required nor none"),
     ],
