@@ -169,9 +169,12 @@ def test_the_ttl_of_a_subject_is_never_below_the_longest_fill_time(server: serve
 # ---------------------------------------------------------------- who we are there
 
 
-@pytest.fixture
-def careful(server: servers.Server) -> Iterator[str]:
+@pytest.fixture(params=servers.LEGS)
+def careful(request: pytest.FixtureRequest) -> Iterator[str]:
     """A URL of the user that docs/how-to/redis.md tells to make."""
+    if reason := servers.missing(request.param):
+        pytest.skip(reason)
+    server = servers.emptied(request.param)
     rules = re.search(r"^ACL SETUSER guard (.+)$", HOW_TO.read_text("utf-8"), re.MULTILINE)
     assert rules is not None
     words = rules[1].replace(">a-long-password", ">secret").split()
