@@ -100,9 +100,9 @@ class Breaker:
 
 
 def unavailable(name: str, error: Exception) -> Exception:
-    """What the callers of a store are told."""
+    """What the callers of a store are told: each gets an error of its own, or tracebacks would pile up on one."""
     if isinstance(error, ConfigError):
-        return error
+        return ConfigError(error.mistakes)
     told = StoreUnavailable(f"store {name}: {type(error).__name__}: {error}")
     told.__cause__ = error
     return told

@@ -66,6 +66,8 @@ def test_a_server_that_evicts_is_refused(server: servers.Server, policy: str) ->
                 store.journal_length()
             with pytest.raises(ConfigError, match=policy):
                 asyncio.run(store.async_face().close_call("c"))
+            with pytest.raises(ConfigError, match=policy):  # as soon as Redis has rested, it is asked again
+                store.now()
         finally:
             client.config_set("maxmemory-policy", "noeviction")
     store.close()
