@@ -48,6 +48,7 @@ from llm_guard_mw.identity import IdentityRules, JWTRules, identity_mistakes
 from llm_guard_mw.notation import NotationError, known_timezone, nearest, nearest_timezone, parse_limit
 from llm_guard_mw.policy import CacheRule, Policy, Route, compile_path
 from llm_guard_mw.pricing import ModelPrice, PriceBook, PriceRules
+from llm_guard_mw.stores import redis_address
 
 DEFAULT_PATH: Final = "llm_guard.toml"
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "QUERY")
@@ -65,8 +66,8 @@ PROVIDERS: Final = (
     "xai", "together", "perplexity", "openrouter", "ollama", "huggingface", "watsonx", "cerebras", "voyage",
     "openai-compatible",
 )  # fmt: skip
-_STORE_SCHEMES: Final = ("sqlite",)
-_LATER_STORE_SCHEMES: Final = ("redis", "rediss", "redis+sentinel", "redis+cluster")
+_STORE_SCHEMES: Final = ("sqlite", *redis_address.SCHEMES)
+_LATER_STORE_SCHEMES: Final = ("redis+cluster", "rediss+cluster")
 _LEDGER_SCHEMES: Final = ("sqlite", "postgresql", "postgresql+psycopg")
 
 
@@ -207,13 +208,19 @@ class _Build:
         scheme = scheme.lower()
         example = f'write "{DEFAULT_STORE}"'
         if separator and scheme in later:
-            problem = f"{key} = {shown(url)} is not available yet: it comes with the Redis store"
-            self._mistake((key,), problem, f"{example} for now")
+            problem = f"{key} = {shown(url)} is not available yet: it comes with Redis Cluster"
+            self._mistake((key,), problem, f'{example}, or "redis://…" of a single server, for now')
         elif not separator:
             self._mistake((key,), f"{key} = {shown(url)} is not a URL", f'{example}, with the path behind "///"')
         elif scheme not in schemes:
             fix = 'write "postgresql://…"' if scheme == "postgres" else nearest(scheme, schemes)
             self._mistake((key,), f'{key}: unknown scheme "{scheme}"', fix)
+        elif scheme in redis_address.SCHEMES:
+            try:
+                redis_address.read_url(url)
+            except ConfigError as error:
+                problem = error.mistakes[0].problem.removeprefix("store: ")
+                self._mistake((key,), f"{key}: {problem}", 'write "redis://user:password@host:6379/0"')
         elif scheme == "sqlite" and not (rest.startswith("/") and len(rest) > 1):
             fix = f'write three slashes: "sqlite:///{rest.lstrip("/") or "llm_guard.db"}"'
             self._mistake((key,), f"{key} = {shown(url)} names no file", fix)

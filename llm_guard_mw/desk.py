@@ -49,8 +49,7 @@ from llm_guard_mw.reservation import (
 )
 from llm_guard_mw.settlement import Closing, Ending
 from llm_guard_mw.stores.journal import encode_event
-from llm_guard_mw.stores.protocol import ClockApart, Granted, Refused, TooLate
-from llm_guard_mw.stores.sqlite import AsyncSQLiteStore, SQLiteStore
+from llm_guard_mw.stores.protocol import ClockApart, Granted, ProcessStore, Refused, TooLate
 
 #: Refusals that get an event of their own, per principal and second; the rest are summed into one.
 REFUSAL_EVENTS_PER_SECOND = 3
@@ -106,12 +105,12 @@ class _Asking:
 class Desk:
     """One a process, made by `process`; safe to use from many threads."""
 
-    def __init__(self, policy: Policy, prices: PriceBook, identifier: Identifier, store: SQLiteStore) -> None:
+    def __init__(self, policy: Policy, prices: PriceBook, identifier: Identifier, store: ProcessStore) -> None:
         self.policy = policy
         self.prices = prices
         self.identifier = identifier
         self.store = store
-        self.async_store = AsyncSQLiteStore(store)
+        self.async_store = store.async_face()
         self._start_anew()
         _desks.add(self)
 
@@ -280,12 +279,12 @@ class Desk:
     def plan_request(self, call: Call, asked: Asked) -> Plan | Refusal:
         """The exchange of a real request, as if exchange 0's money were gone."""
         limits = self._limits(call)
-        refusal = refuse_unbounded(self.policy, call, asked, limits, self.store.engine.clock())
+        refusal = refuse_unbounded(self.policy, call, asked, limits, self.store.clock())
         try:
             rates = self.prices.rates(asked.provider, asked.model, asked.service_tier, kinds=asked.kinds)
         except Unpriced as error:
             rates = Rates(asked.model, asked.provider, 0, 0, self.prices.price_version, flagged="unpriced")
-            refusal = refusal or _unpriced(call, asked, str(error), limits, self.store.engine.clock())
+            refusal = refusal or _unpriced(call, asked, str(error), limits, self.store.clock())
         if refusal is not None and not self.observing:
             return self._refused(call, refusal, call.next_number())
         call.would_refuse = refusal or call.would_refuse
@@ -322,7 +321,7 @@ class Desk:
         model = UNKNOWN_MODEL if claim.asked.model and claim.rates.flagged else claim.asked.model
         limits = self._limits(call, model)
         values = self._values(call, model, limits)
-        now = self.store.engine.clock()
+        now = self.store.clock()
         return plan(self.policy, call, claim, limits, values, number=call.next_number(), takes=takes, now_ms=now)
 
     def read(self, wish: Plan, outcome: Granted | Refused | ClockApart | TooLate) -> Exchange | Refusal:
@@ -405,7 +404,7 @@ class Desk:
 
     def today(self) -> int:
         """The day, counted from the epoch (UTC): new scope values are bounded by the day."""
-        return self.store.engine.clock() // 86_400_000
+        return self.store.clock() // 86_400_000
 
     # ------------------------------------------------------------ closing
 

@@ -14,7 +14,7 @@ Every operation is idempotent by exchange id, so a caller that lost the reply ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -191,6 +191,9 @@ class Unreadable:
     partition: str = ""
 
 
+Done = Callable[[BaseException | None], None]
+
+
 class Store(Protocol):
     """The sync face. The async face has the same methods as coroutines."""
 
@@ -244,3 +247,35 @@ class Store(Protocol):
         """The store's clock, in ms."""
 
     def close(self) -> None: ...
+
+
+class AsyncStore(Protocol):
+    """The async face: what a request needs, as coroutines."""
+
+    async def reserve(self, wish: Reserve) -> Granted | Refused | ClockApart | TooLate: ...
+
+    async def settle(self, settlement: Settlement) -> Settled: ...
+
+    async def close_call(self, call: str) -> None: ...
+
+    async def admit(self, parent: str, scope: str, value: str, day: int, most: int) -> bool: ...
+
+    async def append(self, entry_id: str, payload: bytes) -> None: ...
+
+
+class ProcessStore(Store, Protocol):
+    """A store as a process uses it: both faces, a clock that asks nobody, and work that nobody waits for.
+
+    `done` is told the outcome, None or the error, on a thread of the store or on the loop it was called from.
+    """
+
+    def clock(self) -> int:
+        """The store's clock in ms, as far as it is known here. Never blocks."""
+
+    def async_face(self) -> AsyncStore: ...
+
+    def settle_soon(self, settlement: Settlement, done: Done) -> None: ...
+
+    def close_call_soon(self, call: str, done: Done) -> None: ...
+
+    def append_soon(self, entry_id: str, payload: bytes, done: Done) -> None: ...

@@ -21,6 +21,7 @@ import pytest
 from llm_guard_mw.cli.demo.standin import StandIn, running
 from llm_guard_mw.ledger import Ledger, Verification, verify
 from llm_guard_mw.stores import open_store
+from tests.model import servers
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 30.0
@@ -48,6 +49,7 @@ class Served:
 
     url: str
     database: str
+    store: str
     process: subprocess.Popen[bytes]
     log: Path
 
@@ -67,7 +69,7 @@ class Served:
 
     @contextlib.contextmanager
     def _books(self) -> Iterator[tuple[Any, Ledger]]:
-        store, ledger = open_store(self.database), Ledger(self.database)
+        store, ledger = open_store(self.store), Ledger(self.database)
         try:
             yield store, ledger
         finally:
@@ -84,15 +86,25 @@ def until(claim: Callable[[], Any], what: str, seconds: float = DEADLINE_SECONDS
     return found
 
 
+@pytest.fixture(params=["sqlite", "valkey"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where the balances are; the books are in SQLite either way."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'guard.db'}"
+    if reason := servers.missing(request.param):
+        pytest.skip(reason)
+    return servers.emptied(request.param).url
+
+
 @pytest.fixture
-def serve(tmp_path: Path, provider_url: str) -> Iterator[Callable[..., Served]]:
+def serve(tmp_path: Path, provider_url: str, store_url: str) -> Iterator[Callable[..., Served]]:
     """Serve `app.py` with this configuration by so many workers: `serve(3, limits=[...])`."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(workers: int, **config: str) -> Served:
         database = f"sqlite:///{tmp_path / 'guard.db'}"
         lines = [
-            f'store = "{database}"',
+            f'store = "{store_url}"',
             f'ledger = "{database}"',
             *(f"{key} = {text}" for key, text in config.items()),
         ]
@@ -117,7 +129,7 @@ def serve(tmp_path: Path, provider_url: str) -> Iterator[Callable[..., Served]]:
                 start_new_session=True,  # so that all its workers can be ended, and nobody else
             )
         processes.append(process)
-        served = Served(f"http://127.0.0.1:{port}", database, process, log)
+        served = Served(f"http://127.0.0.1:{port}", database, store_url, process, log)
         until(lambda: len(_workers(served)) == workers, "all workers answer")
         return served
 

@@ -77,7 +77,8 @@ ONLY = {
     "genai_prices": ("pricing", "cli"),
     "jwt": ("bearer",),
     "pydantic": ("config_file",),
-    "redis": (),
+    "redis": ("stores",),
+    "hiredis": ("stores",),
     "uvicorn": ("cli",),
     "typer": ("cli",),
 }

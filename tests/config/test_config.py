@@ -365,8 +365,9 @@ ROUTE = {"path": "/a"}
         ({"store": ""}, ["store is empty"]),
         ({"identity": {"user": 7}}, ["identity.user", "write a list"]),
         # store and ledger
-        ({"store": "redis://u:secret@h"}, ["comes with the Redis store", "sqlite:///llm_guard.db"]),
-        ({"store": "redis+cluster://h"}, ["comes with the Redis store"]),
+        ({"store": "redis+cluster://h"}, ["comes with Redis Cluster", "sqlite:///llm_guard.db"]),
+        ({"store": "redis://h:port"}, ["port in the URL is not a number", "redis://user:password@host:6379/0"]),
+        ({"store": "redis+sentinel://h"}, ["name the service"]),
         ({"store": "mongo://h"}, ['unknown scheme "mongo"', "write one of sqlite"]),
         ({"store": "guard.db"}, ["is not a URL"]),
         ({"store": "sqlite://guard.db"}, ['write three slashes: "sqlite:///guard.db"']),
@@ -474,7 +475,7 @@ def test_what_does_nothing_yet_is_said(mapping: dict[str, Any], place: str) -> N
 def test_no_secret_is_shown() -> None:
     report = said(
         {
-            "store": "redis://user:SECRET@host/0",
+            "store": "redis://user:SECRET/SECRET@host/0",
             "identity": {"jwt": {"algorithms": ["HS256"], "key": "SECRET"}},
             "upstreams": [{"prefix": "/", "url": "https://h", "provider": "openai", "api_key": "SECRET"}],
             "alerts": [{"to": "SECRET"}, {"to": ["SECRET"]}],

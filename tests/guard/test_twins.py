@@ -10,6 +10,7 @@ import textwrap
 import pytest
 
 from llm_guard_mw.guard import AsyncGuard, Guard
+from llm_guard_mw.stores.redis import AsyncRedisStore, RedisStore
 from llm_guard_mw.stores.sqlite import AsyncSQLiteStore, SQLiteStore
 
 #: What the async face calls by a name of its own.
@@ -39,9 +40,13 @@ def test_the_faces_of_the_guard_differ_in_await_alone(name: str) -> None:
     assert methods(AsyncGuard)[name] == methods(Guard)[name]
 
 
-@pytest.mark.parametrize("name", [name for name in methods(AsyncSQLiteStore) if name != "__init__"])
-def test_the_faces_of_the_store_differ_in_await_alone(name: str) -> None:
-    assert methods(AsyncSQLiteStore)[name] == methods(SQLiteStore)[name]
+@pytest.mark.parametrize("twins", [(SQLiteStore, AsyncSQLiteStore), (RedisStore, AsyncRedisStore)])
+def test_the_faces_of_a_store_differ_in_await_alone(twins: tuple[type, type]) -> None:
+    sync, asynchronous = map(methods, twins)
+
+    shared = asynchronous.keys() - {"__init__"}
+
+    assert {name: asynchronous[name] for name in shared} == {name: sync[name] for name in shared}
 
 
 def test_the_async_store_has_what_a_request_needs() -> None:
@@ -52,3 +57,4 @@ def test_the_async_store_has_what_a_request_needs() -> None:
     }
 
     assert asked_for <= set(methods(AsyncSQLiteStore))
+    assert asked_for <= set(methods(AsyncRedisStore))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import pytest
 
 from llm_guard_mw.arithmetic import next_window, window_at
 from llm_guard_mw.model import Decision, Demand, EntryKind, Kind, Line, Offer, Unit, UsageEvent, Window
 from llm_guard_mw.stores.journal import Estimate, encode_draft, encode_event
 from llm_guard_mw.stores.protocol import Granted, Moved, Reserve, Settlement, Store
+from llm_guard_mw.stores.redis import RedisStore
 from llm_guard_mw.stores.sqlite import SQLiteStore
+from tests.model import servers
 from tests.model.reference import ReferenceStore
 
 SECOND = 1000
@@ -44,8 +49,20 @@ def _sqlite(clock: Clock, folder: Path) -> Store:
     return SQLiteStore(folder / "store.db", clock=clock)
 
 
+def _redis(leg: str, clock: Clock, folder: Path) -> Store:
+    """On a server that all tests of this process share, emptied for each. The scripts go by `clock`."""
+    reason = servers.missing(leg)
+    if reason is not None:
+        pytest.skip(reason)
+    return RedisStore(servers.emptied(leg).url, clock=clock)
+
+
 #: Every store by name. The reference is one of them, so that the suites themselves are tried.
-STORES: Mapping[str, Callable[[Clock, Path], Store]] = {"reference": _reference, "sqlite": _sqlite}
+STORES: Mapping[str, Callable[[Clock, Path], Store]] = {
+    "reference": _reference,
+    "sqlite": _sqlite,
+    **{leg: partial(_redis, leg) for leg in servers.LEGS},
+}
 
 
 def make_store(name: str, clock: Clock, folder: Path) -> Store:
