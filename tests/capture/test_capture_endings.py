@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from importlib import import_module
 from typing import Any
 
 import httpx2
@@ -258,7 +259,8 @@ def test_what_cannot_be_rewritten_does_not_leave_without_its_cap(
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr("llm_guard_mw.capture.exchange.rewrite", fails)
+    # By its module: the package's own name for `capture` is the function.
+    monkeypatch.setattr(import_module("llm_guard_mw.capture.exchange"), "rewrite", fails)
 
     with sync_client(url, max_retries=0) as client, pytest.raises(openai.InternalServerError) as refused:
         client.chat.completions.create(model="gpt-4o-mini", messages=ASK)  # no cap: one would have been written
