@@ -416,7 +416,6 @@ class Desk:
             if exchange.closed:
                 return None
             exchange.closed = True
-        self.open.pop(exchange.id, None)
         try:
             closing = settlement.close(exchange, self.prices, reading, status=status, ending=ending)
         except Exception:
@@ -468,7 +467,6 @@ class Desk:
         records = [record for record in records if not call.was_captured(record)]
         closings = []
         if door is not None:
-            self.open.pop(door.id, None)
             closings.append(self._door_closing(call, door, records, ending))
         else:
             for record in records:
@@ -549,6 +547,11 @@ class Desk:
                 self.keep_for_later(closing, error)
 
         self.store.settle_soon(closing.settlement, done)
+        self.let_go(closing)
+
+    def let_go(self, closing: Closing) -> None:
+        """The settlement is in the store's hands: until then the exchange counted as open, and was renewed."""
+        self.open.pop(closing.settlement.exchange, None)
 
     def keep_for_later(self, closing: Closing, error: BaseException) -> None:
         """The store did not take it: it is tried again until it does (`keeper`). Settling twice changes nothing."""

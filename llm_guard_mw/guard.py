@@ -133,6 +133,8 @@ class Guard(_Face):
             self.store.settle(closing.settlement)
         except Exception as error:  # the store's, or of a number that no store can hold: the others settle all the same
             self.desk.keep_for_later(closing, error)
+        finally:
+            self.desk.let_go(closing)
 
 
 class AsyncGuard(_Face):
@@ -213,6 +215,8 @@ class AsyncGuard(_Face):
             await self.store.settle(closing.settlement)
         except Exception as error:  # the store's, or of a number that no store can hold: the others settle all the same
             self.desk.keep_for_later(closing, error)
+        finally:
+            self.desk.let_go(closing)
 
 
 class UserBlock:

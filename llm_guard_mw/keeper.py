@@ -155,7 +155,8 @@ class Keeper:
                 continue
             if name in gone:  # booked by a sweep while this process was paused: its settle will be a correction
                 desk.open.pop(name, None)
-                log.warning("lease_lost", call_id=exchange.call.id, attempt=exchange.number)
+                if not exchange.closed:  # else its settlement has just gone through
+                    log.warning("lease_lost", call_id=exchange.call.id, attempt=exchange.number)
             else:
                 exchange.lease_end = renewed.lease_end
 
