@@ -47,6 +47,7 @@ FLOORS = {
     "stores": 3,
     "config": 4,
     "config_file": 4,
+    "passage": 4,
     "process": 4,
     "asgi": 5,
     "capture": 5,
