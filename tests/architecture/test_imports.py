@@ -51,6 +51,7 @@ FLOORS = {
     "process": 4,
     "asgi": 5,
     "capture": 5,
+    "wsgi": 5,
     "cli": 6,
     "": 7,  # the package's own table of contents
 }

@@ -680,6 +680,16 @@ def test_a_block_whose_user_has_nothing_left_is_refused_on_entry(door: Open) -> 
     assert reply.error is None or isinstance(reply.error, LimitExceeded)
 
 
+def test_a_refusal_inside_of_a_block_for_another_user_is_answered_with_our_429(door: Open) -> None:
+    block = AsUser({"user": "bert"}, [Ask()])
+    opened = door({"/api/chat": [block]}, limits=["$0.00001/day per user"], route={"usage": "captured"})
+
+    reply = opened.request()
+
+    assert reply.status == 429
+    assert reply.json()["code"] == "never_fits"
+
+
 # ---------------------------------------------------------------- who is calling
 
 
