@@ -197,7 +197,8 @@ class Identifier:
         self._callables = _resolve_callables(sources)
         if sync_only:
             self.refuse_async()
-        self._identity_headers = frozenset(
+        #: The names of all headers that pose as identity, with dashes.
+        self.identity_headers = frozenset(
             source.name.encode().replace(b"_", b"-") for source in sources if source.kind == "header"
         )
         self._proxies = _Proxies(rules.trusted_proxies)
@@ -283,7 +284,7 @@ class Identifier:
 
         `X_User_Id` is `X-User-Id` to every WSGI app and CGI script, so underscores are no way around.
         """
-        posing = {name for name, _ in request.headers if name.replace(b"_", b"-") in self._identity_headers}
+        posing = {name for name, _ in request.headers if name.replace(b"_", b"-") in self.identity_headers}
         return frozenset() if not posing or self.trusted(request) else frozenset(posing)
 
     def refuse_async(self) -> None:

@@ -26,6 +26,7 @@ from llm_guard_mw.call import Call, enter
 from llm_guard_mw.desk import DoorEnding
 from llm_guard_mw.guard import Guard
 from llm_guard_mw.http import Answer, Headers, HttpRequest
+from llm_guard_mw.identity import Identifier
 from llm_guard_mw.logs import log
 from llm_guard_mw.metering import Meter
 from llm_guard_mw.model import Refusal
@@ -56,8 +57,8 @@ class WSGIGuardMiddleware:
         route = self.installation.config.policy.route(environ["REQUEST_METHOD"], _path(environ))
         if route is None:
             # Not guarded; but what a stranger says about identity is believed nowhere behind us.
-            request = _http_request(environ, b"", complete=True)
-            _strip(environ, self.installation.desk.identifier.headers_to_strip(request))
+            identifier = self.installation.desk.identifier
+            _strip(environ, identifier.headers_to_strip(_http_request(environ, identifier)))
             return self.app(environ, start_response)
         self.installation.keeper.start()
         return _Passage(self, route, environ, start_response).answer()
@@ -83,6 +84,7 @@ class _Passage:
         self.drawn: list[bytes] = []  # ahead of the server
         self.started = False  # the server's start_response was called
         self.ended = False  # nothing comes behind what is drawn
+        self.left: int | None = None  # of the bytes that the app has promised
         self.status: int | None = None
         self.replaced = False  # the app's answer was replaced by our refusal
         self.closed = False
@@ -90,17 +92,18 @@ class _Passage:
     def answer(self) -> Iterable[bytes]:
         environ, installation = self.environ, self.door.installation
         body = _Body(environ, installation.config.policy.inspect_bytes)
-        request = _http_request(environ, body.seen, complete=body.complete)
+        identifier = installation.desk.identifier
+        request = _http_request(environ, identifier, body.seen, complete=body.complete)
         answer = self._open(request)
         if answer is not None:
             return self._send_answer(answer)
         environ["wsgi.input"] = body.stream
-        _strip(environ, installation.desk.identifier.headers_to_strip(request))
+        _strip(environ, identifier.headers_to_strip(request))
         call = self.call
         if call is None:
             return self.door.app(environ, self.downstream)
         # The environ is shared, not copied: late identity reads what the app writes into it.
-        call.request = _http_request(environ, request.body, complete=request.body_complete)
+        call.request = _http_request(environ, identifier, request.body, complete=request.body_complete)
         self.context.run(enter, call)
         try:
             self._begin(call)
@@ -192,7 +195,9 @@ class _Passage:
     def _start_downstream(self, status: str, headers: TextHeaders, exc_info: Any = None) -> Write:
         assert self.call is not None  # noqa: S101 - no answer runs without a call
         self.status = _code(status)
-        self.meter = meter_for(self.call, self.route, self.status, _lowered(headers))
+        lowered = _lowered(headers)
+        self.meter = meter_for(self.call, self.route, self.status, lowered)
+        self.left = self._promised(dict(lowered))
         whole = [*headers, *_text_headers(our_headers(self.call))]
         # Without exc_info where there is none: old servers know two arguments.
         self.server_write = self.downstream(status, whole, *((exc_info,) if exc_info is not None else ()))
@@ -224,9 +229,17 @@ class _Passage:
             raise StopIteration
         return self._metered(chunk)
 
+    def _promised(self, headers: dict[bytes, bytes]) -> int | None:
+        """How long the answer is: a server that has it all may never ask for the end (granian does not)."""
+        if self.environ["REQUEST_METHOD"] == "HEAD" or self.status in (204, 304):
+            return 0
+        return _number(headers.get(b"content-length", b"").decode("latin-1"))
+
     def _metered(self, chunk: bytes) -> bytes:
         if self.meter is not None:
             self.meter.feed(chunk)
+        if self.left is not None:
+            self.left -= len(chunk)
         return chunk
 
     def close(self) -> None:
@@ -243,7 +256,8 @@ class _Passage:
     def _close_call(self) -> None:
         assert self.call is not None  # noqa: S101 - nobody else is given to a server
         reading = self.meter.finish() if self.meter is not None else None
-        ending = DoorEnding(status=self.status if self.started else None, whole=self.ended, reading=reading)
+        whole = self.ended or (self.left is not None and self.left <= 0)
+        ending = DoorEnding(status=self.status if self.started else None, whole=whole, reading=reading)
         try:
             self.door.guard.close(self.call, ending)
         except Exception:  # the caller has its answer
@@ -262,87 +276,66 @@ class _Body:
     def __init__(self, environ: WSGIEnvironment, most: int) -> None:
         self.seen = b""
         self.stream: InputStream = environ["wsgi.input"]
-        length = _length(environ.get("CONTENT_LENGTH"))
+        length = _number(environ.get("CONTENT_LENGTH"))
         if length is None and not environ.get("wsgi.input_terminated"):
             self.complete = not environ.get("HTTP_TRANSFER_ENCODING") and not environ.get("CONTENT_LENGTH")
             return
-        rest = _Rest(self.stream)
-        self.seen, ended = rest.look(most if length is None else min(length, most))
+        replay = _Replay(self.stream, length)
+        self.seen, ended = replay.look(most)
         self.complete = ended if length is None else len(self.seen) == length
-        self.stream = io.BytesIO(self.seen) if self.complete else _Replay(self.seen, rest)
+        self.stream = io.BytesIO(self.seen) if self.complete else io.BufferedReader(replay)
 
 
-class _Rest:
-    """The server's own stream. What went wrong while it was looked at goes wrong for the app, at the same place."""
+class _Replay(io.RawIOBase):
+    """The server's input once more from its beginning: what was looked at, then the rest.
 
-    def __init__(self, stream: InputStream) -> None:
-        self.stream = stream
-        self.error: Exception | None = None
+    Of the server's stream only `read(n)` is used, and never beyond the length: what else it can do after that is not
+    the same everywhere (granian's `read()` forgets what an earlier `read(n)` left).
+    """
+
+    def __init__(self, stream: InputStream, length: int | None) -> None:
+        self._stream = stream
+        self._left = length
+        self._seen = io.BytesIO()
+        self._error: Exception | None = None
 
     def look(self, most: int) -> tuple[bytes, bool]:
         """At most so many bytes, and whether the stream has ended behind them."""
-        chunks: list[bytes] = []
-        left = most
-        while left > 0:
+        ended = False
+        while not ended and self._seen.tell() < most:
             try:
-                chunk = self.stream.read(left)
-            except Exception as error:  # whatever the server's stream raises when its client has gone
-                self.error = error
+                chunk = self._more(most - self._seen.tell())
+            except Exception as error:  # the client has gone: the app hears of it where it gets there
+                self._error = error
                 break
-            if not chunk:
-                return b"".join(chunks), True
-            chunks.append(chunk)
-            left -= len(chunk)
-        return b"".join(chunks), False
+            self._seen.write(chunk)
+            ended = not chunk
+        self._seen.seek(0)
+        return self._seen.getvalue(), ended
 
-    def read(self, *size: int) -> bytes:
-        return self._checked().read(*size)
+    def readable(self) -> bool:
+        return True
 
-    def readline(self, *size: int) -> bytes:
-        return self._checked().readline(*size)
-
-    def _checked(self) -> InputStream:
-        error, self.error = self.error, None
-        if error is not None:
+    def readinto(self, buffer: Any, /) -> int:
+        chunk = self._seen.read(len(buffer))
+        if not chunk and self._error is not None:
+            error, self._error = self._error, None
             raise error
-        return self.stream
+        chunk = chunk or self._more(len(buffer))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+    def _more(self, size: int) -> bytes:
+        if self._left is not None:
+            size = min(size, self._left)
+        chunk = self._stream.read(size) if size else b""
+        if self._left is not None:
+            self._left -= len(chunk)
+        return chunk
 
 
-class _Replay:
-    """`wsgi.input` once more from its beginning: what was looked at, then the rest as the app asks for it."""
-
-    def __init__(self, seen: bytes, rest: _Rest) -> None:
-        self._seen = io.BytesIO(seen)
-        self._rest = rest
-
-    def read(self, size: int = -1, /) -> bytes:
-        return self._on(self._seen.read(size), size, self._rest.read)
-
-    def readline(self, size: int = -1, /) -> bytes:
-        line = self._seen.readline(size)
-        return line if line.endswith(b"\n") else self._on(line, size, self._rest.readline)
-
-    def readlines(self, hint: int = -1, /) -> list[bytes]:
-        lines: list[bytes] = []
-        size = 0
-        for line in self:
-            lines.append(line)
-            size += len(line)
-            if 0 < (hint or 0) <= size:
-                break
-        return lines
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self.readline, b"")
-
-    def _on(self, head: bytes, size: int | None, ask: Callable[..., bytes]) -> bytes:
-        """What was seen, and as much of the rest as is missing. The stream is asked for no more than the app asks."""
-        if size is None or size < 0:
-            return head + ask()
-        return head + ask(size - len(head)) if len(head) < size else head
-
-
-def _length(text: str | None) -> int | None:
+def _number(text: str | None) -> int | None:
+    """A whole number as HTTP writes it; None for anything else."""
     return int(text) if text and text.isascii() and text.isdigit() else None
 
 
@@ -351,12 +344,14 @@ def _path(environ: WSGIEnvironment) -> str:
     return _bytes(environ.get("PATH_INFO", "")).decode("utf-8", "replace") or "/"
 
 
-def _http_request(environ: WSGIEnvironment, body: bytes, *, complete: bool) -> HttpRequest:
+def _http_request(
+    environ: WSGIEnvironment, identifier: Identifier, body: bytes = b"", *, complete: bool = True
+) -> HttpRequest:
     return HttpRequest(
         method=environ["REQUEST_METHOD"],
         path=_path(environ),
         query=_bytes(environ.get("QUERY_STRING", "")),
-        headers=_headers(environ),
+        headers=_headers(environ, identifier.identity_headers),
         peer=_peer(environ),
         body=body,
         body_complete=complete,
@@ -364,12 +359,21 @@ def _http_request(environ: WSGIEnvironment, body: bytes, *, complete: bool) -> H
     )
 
 
-def _headers(environ: WSGIEnvironment) -> Headers:
-    found = []
-    for key, value in environ.items():
+def _headers(environ: WSGIEnvironment, identity_headers: frozenset[bytes]) -> Headers:
+    """The headers as they came, as far as that can be told: a server joins those of one name with commas.
+
+    Two that name a caller differently must not pass for one long name. The core refuses them, so they are told apart.
+    """
+    found: list[tuple[bytes, bytes]] = []
+    for key, text in environ.items():
         name = _header_name(key)
-        if name is not None and value:
-            found.append((name, _bytes(value)))
+        if name is None or not text:
+            continue
+        value = _bytes(text)
+        if name in identity_headers and b"," in value:
+            found.extend((name, part.strip()) for part in value.split(b","))
+        else:
+            found.append((name, value))
     return tuple(found)
 
 
@@ -398,7 +402,7 @@ def _peer(environ: WSGIEnvironment) -> tuple[str, int] | None:
     port = environ.get("REMOTE_PORT")
     if host == "" or (host == "localhost" and port == "None"):
         return None
-    number = _length(str(port))
+    number = _number(str(port))
     return host or "unknown", -1 if number is None else number
 
 
@@ -415,7 +419,7 @@ def _bytes(text: str) -> bytes:
 
 def _code(status: str) -> int:
     """The number in "200 OK"; 0 of what is no status: the server will say so."""
-    return _length(status[:3]) or 0
+    return _number(status[:3]) or 0
 
 
 def _lowered(headers: TextHeaders) -> Headers:
