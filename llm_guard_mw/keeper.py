@@ -12,6 +12,7 @@ with it SQLAlchemy, a second of imports) is first touched when there is somethin
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -85,6 +86,8 @@ class Keeper:
             return
         with self._starting:
             if self._thread is None:
+                if _threads_are_greenlets():
+                    self._warm_up()  # before the first reserve: it would be too late once the tables are read
                 self._thread = threading.Thread(target=self._run, name="llm-guard-keeper", daemon=True)
                 self._thread.start()
 
@@ -127,6 +130,8 @@ class Keeper:
             self.desk.prices.warm()
             load_vocabularies()
             self.desk.identifier.warm()
+            if _threads_are_greenlets():
+                from llm_guard_mw.ledger import drain  # noqa: F401 - with it SQLAlchemy, which stops everybody
         except Exception:
             log.exception("keeper_failed", duty="warm_up")
 
@@ -201,3 +206,9 @@ class Keeper:
         pruned = self.ledger.prune(self.desk.store.now(), self.retention_days)
         if forgotten or pruned:
             log.info("pruned", balances=forgotten, rows=pruned)
+
+
+def _threads_are_greenlets() -> bool:
+    """Whether gevent has taken the place of threads: then whoever computes stops all others."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))

@@ -189,18 +189,19 @@ class _Passage:
         if self.held_start is None:
             return
         (status, headers), self.held_start = self.held_start, None
-        self.started = True
         self._start_downstream(status, headers)
+        self.started = True
 
     def _start_downstream(self, status: str, headers: TextHeaders, exc_info: Any = None) -> Write:
         assert self.call is not None  # noqa: S101 - no answer runs without a call
-        self.status = _code(status)
-        lowered = _lowered(headers)
-        self.meter = meter_for(self.call, self.route, self.status, lowered)
-        self.left = self._promised(dict(lowered))
         whole = [*headers, *_text_headers(our_headers(self.call))]
         # Without exc_info where there is none: old servers know two arguments.
         self.server_write = self.downstream(status, whole, *((exc_info,) if exc_info is not None else ()))
+        # Only now: a server whose head has left raises instead of taking another one.
+        lowered = _lowered(headers)
+        self.status = _code(status)
+        self.meter = meter_for(self.call, self.route, self.status, lowered)
+        self.left = self._promised(dict(lowered))
         return self._write
 
     def _replace(self, answer: Answer) -> None:
