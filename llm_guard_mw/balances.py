@@ -19,6 +19,8 @@ from types import MappingProxyType
 from typing import Any, Final, cast
 from urllib.parse import quote
 
+import msgspec
+
 from llm_guard_mw.arithmetic import Period
 from llm_guard_mw.model import Kind, Principal, Tags, Unit
 
@@ -54,8 +56,7 @@ def encode(value: str) -> str:
     return quote(value, safe="", errors="surrogatepass").replace("~", "%7E")
 
 
-@dataclass(frozen=True, slots=True)
-class ScopeValues:
+class ScopeValues(msgspec.Struct, frozen=True, gc=False):
     """Who and what a call stands for, as far as it may choose balances."""
 
     user: str | None = None
@@ -66,7 +67,7 @@ class ScopeValues:
     tier: str | None = None
     workflow: str | None = None
     session: str | None = None
-    tags: Mapping[str, str] = field(default_factory=_nothing)
+    tags: Mapping[str, str] = msgspec.field(default_factory=_nothing)
 
     @classmethod
     def of(

@@ -13,7 +13,10 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec.structs import replace
 
 from llm_guard_mw import settlement
 from llm_guard_mw.balances import Limit, ScopeValues
@@ -79,8 +82,7 @@ class Unguarded:
     """The store is away and the policy says "allow": nothing is held, nothing will be booked."""
 
 
-@dataclass(frozen=True, slots=True)
-class DoorEnding:
+class DoorEnding(msgspec.Struct, frozen=True, gc=False):
     """How a guarded request ended, as its door saw it.
 
     `status` is None when no answer began. `whole` says that the answer was passed on to its end. `reading` is

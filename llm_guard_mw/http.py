@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import msgspec
 import orjson
 
 from llm_guard_mw.arithmetic import utc
@@ -37,8 +38,7 @@ STRUCTURED_INTEGER_MAX = 999_999_999_999_999
 NANOS_PER_MICRO = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class HttpRequest:
+class HttpRequest(msgspec.Struct, frozen=True, gc=False):
     """A request as the core sees it.
 
     `headers` have lower-cased names, in the order they came. `path` is what is left below the app's root path.
@@ -50,12 +50,16 @@ class HttpRequest:
 
     method: str
     path: str
-    query: bytes = field(default=b"", repr=False)
-    headers: Headers = field(default=(), repr=False)  # with the caller's credential
+    query: bytes = b""
+    headers: Headers = ()
     peer: tuple[str, int] | None = None
-    body: bytes = field(default=b"", repr=False)
+    body: bytes = b""
     body_complete: bool = True
-    surroundings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    surroundings: Mapping[str, Any] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+
+    def __repr__(self) -> str:
+        """Without the caller's credential and words, which stand in all the other fields."""
+        return f"HttpRequest({self.method!r}, {self.path!r}, peer={self.peer!r})"
 
     def header(self, name: bytes) -> bytes | None:
         """The value of a header, or None. Of several the first: who must not be fooled asks `header_values`."""
@@ -69,8 +73,7 @@ class HttpRequest:
         return tuple([value for candidate, value in self.headers if candidate == name])
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """A complete response, ready to be sent through any door or handed to an SDK."""
 
     status: int

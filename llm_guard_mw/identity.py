@@ -27,13 +27,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Literal, get_args
 from uuid import UUID
 
 import orjson
+from msgspec.structs import replace
 
 from llm_guard_mw.bearer import BearerReader, JWTRules, jwt_mistakes
 from llm_guard_mw.errors import ConfigError, GuardError, IdentityError, Mistake

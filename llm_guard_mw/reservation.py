@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from llm_guard_mw.arithmetic import next_window, wait_ticks, window_at
 from llm_guard_mw.balances import Limit, ScopeValues
@@ -32,7 +34,6 @@ from llm_guard_mw.model import (
     Unit,
     UsageEvent,
     Window,
-    amended,
 )
 from llm_guard_mw.policy import Policy
 from llm_guard_mw.stores.journal import Estimate, encode_draft
@@ -48,8 +49,7 @@ UNKNOWN_MAX_OUTPUT = 16_384
 SOON_MS = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, gc=False):
     """What one exchange will use at most."""
 
     asked: Asked
@@ -80,8 +80,7 @@ class Claim:
         return 1, 0
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """A wish on its way to the store, and what is needed to read the answer."""
 
     wish: Reserve
@@ -319,7 +318,7 @@ def _granted(plan: Plan, granted: Granted) -> Exchange:
         rates=claim.rates,
         draft=plan.draft
         if not lowered
-        else amended(plan.draft, estimated_output_tokens=_estimated_output(plan, granted)),
+        else replace(plan.draft, estimated_output_tokens=_estimated_output(plan, granted)),
         started=plan.started,
         lease_end=granted.lease_end,
         decision=offer.decision,
