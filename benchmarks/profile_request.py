@@ -4,7 +4,8 @@
 
 First the CPU time a request, bare and guarded in turn and without a profile: of the thread that runs the event loop,
 and of all threads together (the keeper's drain is the difference). Then the same guarded requests once more under
-cProfile, which makes small functions look dearer than they are: read ranks from it, not sums. The store is real.
+cProfile, which counts waits as well and makes small functions look dearer than they are: read ranks from it, not
+sums. The store is real.
 """
 
 from __future__ import annotations
