@@ -24,6 +24,7 @@ turns, round by round; the next begins when the last one's drain has caught up. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import statistics
 import sys
@@ -36,6 +37,8 @@ from pathlib import Path
 
 from benchmarks import load
 from benchmarks.servers import Server, pin, redis, redis_legs, serving
+from llm_guard_mw.stores import open_store
+from llm_guard_mw.stores.protocol import ProcessStore
 from tests.model import servers
 
 BODY = b'{"messages": [{"role": "user", "content": "' + b"hello " * 30 + b'"}], "max_tokens": 100}'
@@ -45,6 +48,10 @@ REQUEST = (
     + b"\r\n\r\n"
     + BODY
 )
+
+
+#: How long a journal may take to be drained after a round.
+DRAINED_WITHIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ class Round:
     redis: float
     load: float
     latencies: list[float]
-    idle: bool
+    drained: bool
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -98,9 +105,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     pin(1)
     with ExitStack() as stack:
         bench = _set_up(stack, names)
-        for server in bench.up.values():
+        for name, server in bench.up.items():
             load.run(server.port, REQUEST, clients=8, seconds=1)
-            server.await_idle()
+            bench.await_drained(name)
         print(
             f"{'clients':>8} {'side':>8} {'req/s':>8} {'of bare':>8} {'CPU us':>8} {'after us':>9} {'Redis us':>9}"
             f" {'p50 ms':>8} {'p99 ms':>8} {'load %':>7}"
@@ -130,20 +137,23 @@ def _set_up(stack: ExitStack, names: list[str]) -> Bench:
             about = client.info("server")
         print(f"  (Redis is {about.get('server_name', 'redis')} {about.get('valkey_version', about['redis_version'])})")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    up = {}
+    up, journals = {}, {}
     for name in names:
         (folder / name).mkdir()
-        url = store.url if store is not None and SIDES[name].redis else "sqlite:///bench.db"
+        url = store.url if store is not None and SIDES[name].redis else f"sqlite:///{folder / name / 'bench.db'}"
         app = f"benchmarks.apps:{SIDES[name].app}"
         up[name] = stack.enter_context(serving(app, core=0, cwd=str(folder / name), env={"BENCH_STORE": url}))
-    return Bench(up, store)
+        if SIDES[name].app == "guarded":
+            journals[name] = stack.enter_context(contextlib.closing(open_store(url)))
+    return Bench(up, journals, store)
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The servers that take turns, and their Redis if any has one."""
+    """The servers that take turns, the stores that some of them drain, and their Redis if any has one."""
 
     up: dict[str, Server]
+    journals: dict[str, ProcessStore]
     store: servers.Server | None
 
     def compare(self, clients: int, rounds: int, seconds: float) -> None:
@@ -164,7 +174,7 @@ class Bench:
                 f" {latencies[len(latencies) // 2] * 1000:>8.2f} {latencies[len(latencies) * 99 // 100] * 1000:>8.2f}"
                 f" {_median(turns, 'load'):>7.0f}"
             )
-            if not all(turn.idle for turn in turns):
+            if not all(turn.drained for turn in turns):
                 print(f"  ({name} was still draining when the next one began: both figures are disturbed)")
 
     def _round(self, name: str, clients: int, seconds: float) -> Round:
@@ -174,7 +184,7 @@ class Bench:
         assert set(result.statuses) == {200}, result.statuses
         loaded = server.cpu_seconds()
         core = time.process_time() - mine + self._redis_seconds() - redis_before
-        idle = server.await_idle()
+        drained = self.await_drained(name)
         each = 1e6 / result.answers
         return Round(
             result.per_second,
@@ -183,8 +193,17 @@ class Bench:
             redis=(self._redis_seconds() - redis_before) * each,
             load=100 * core / result.seconds,
             latencies=result.latencies,
-            idle=idle,
+            drained=drained,
         )
+
+    def await_drained(self, name: str) -> bool:
+        """Wait until the side's journal is empty, if it has one; False if that does not come."""
+        deadline = time.monotonic() + DRAINED_WITHIN_SECONDS
+        while name in self.journals and self.journals[name].journal_length():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def _redis_seconds(self) -> float:
         """The CPU time that Redis itself says it has used, which is finer than the system's clock ticks."""

@@ -12,10 +12,6 @@ from contextlib import contextmanager
 
 from tests.model import servers
 
-#: A server is idle when it used less than a twentieth of a core for so long: the keeper's drain rests for less.
-IDLE_SECONDS = 0.8
-IDLE_WITHIN_SECONDS = 60.0
-
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -86,16 +82,6 @@ class Server:
         with open(f"/proc/{self.pid}/stat") as stat:
             fields = stat.read().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def await_idle(self) -> bool:
-        """Wait until it has next to nothing left to do in the background; False if that does not come."""
-        deadline = time.monotonic() + IDLE_WITHIN_SECONDS
-        while time.monotonic() < deadline:
-            before = self.cpu_seconds()
-            time.sleep(IDLE_SECONDS)
-            if self.cpu_seconds() - before < IDLE_SECONDS * 0.05:
-                return True
-        return False
 
 
 def _wait_until_up(port: int, process: subprocess.Popen[bytes]) -> None:
