@@ -215,7 +215,7 @@ class Bench:
 
 
 def _median(turns: list[Round], column: str) -> float:
-    return statistics.median(getattr(turn, column) for turn in turns)
+    return float(statistics.median(getattr(turn, column) for turn in turns))
 
 
 if __name__ == "__main__":
