@@ -37,8 +37,10 @@ STRUCTURED_INTEGER_MAX = 999_999_999_999_999
 
 NANOS_PER_MICRO = 1000
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-class HttpRequest(msgspec.Struct, frozen=True, gc=False):
+
+class HttpRequest:
     """A request as the core sees it.
 
     `headers` have lower-cased names, in the order they came. `path` is what is left below the app's root path.
@@ -48,14 +50,28 @@ class HttpRequest(msgspec.Struct, frozen=True, gc=False):
     itself writes there who they are.
     """
 
-    method: str
-    path: str
-    query: bytes = b""
-    headers: Headers = ()
-    peer: tuple[str, int] | None = None
-    body: bytes = b""
-    body_complete: bool = True
-    surroundings: Mapping[str, Any] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    __slots__ = ("_first", "body", "body_complete", "headers", "method", "path", "peer", "query", "surroundings")
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        query: bytes = b"",
+        headers: Headers = (),
+        peer: tuple[str, int] | None = None,
+        body: bytes = b"",
+        body_complete: bool = True,
+        surroundings: Mapping[str, Any] = _NOTHING,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.peer = peer
+        self.body = body
+        self.body_complete = body_complete
+        self.surroundings = surroundings
+        self._first = dict(reversed(headers))  # a dozen look-ups follow
 
     def __repr__(self) -> str:
         """Without the caller's credential and words, which stand in all the other fields."""
@@ -63,13 +79,12 @@ class HttpRequest(msgspec.Struct, frozen=True, gc=False):
 
     def header(self, name: bytes) -> bytes | None:
         """The value of a header, or None. Of several the first: who must not be fooled asks `header_values`."""
-        for candidate, value in self.headers:
-            if candidate == name:
-                return value
-        return None
+        return self._first.get(name)
 
     def header_values(self, name: bytes) -> tuple[bytes, ...]:
         """All values of a header, in the order they came."""
+        if name not in self._first:
+            return ()
         return tuple([value for candidate, value in self.headers if candidate == name])
 
 
