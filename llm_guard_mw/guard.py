@@ -107,7 +107,7 @@ class Guard(_Face):
                 self._name(call, call.request)
         for closing in self.desk.closings(call, ending):
             self._settle(closing)
-        if call.claimed:
+        if call.joined:
             with self.desk.tolerant("close_call"):
                 self.store.close_call(call.id)
         self.desk.closed(call, ending)
@@ -207,7 +207,7 @@ class AsyncGuard(_Face):
                 await self._name(call, call.request)
         for closing in self.desk.closings(call, ending):
             await self._settle(closing)
-        if call.claimed:
+        if call.joined:
             with self.desk.tolerant("close_call"):
                 await self.store.close_call(call.id)
         self.desk.closed(call, ending)
