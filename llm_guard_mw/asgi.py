@@ -13,13 +13,13 @@ Rule 3. An error of ours before the grant follows `on_store_failure`; after it, 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from llm_guard_mw.call import Call, enter, leave
 from llm_guard_mw.desk import DoorEnding
 from llm_guard_mw.guard import AsyncGuard, to_its_end
-from llm_guard_mw.http import Answer, HttpRequest, strip
+from llm_guard_mw.http import Answer, Headers, HttpRequest, strip
 from llm_guard_mw.logs import log
 from llm_guard_mw.metering import Meter
 from llm_guard_mw.model import Reading, Refusal
@@ -96,13 +96,14 @@ class _Passage:
         if answer is not None:
             await _send_answer(send, answer)
             return
+        headers = scope["headers"]
         scope = _without(scope, self.installation.desk.identifier.headers_to_strip(request))
         call = self.call
         if call is None:
             await self.app(scope, body.receive, send)
             return
-        # The scope is shared, not copied, from here on: late identity reads what the app writes into it.
-        call.request = _http_request(scope, request.body, complete=request.body_complete)
+        if scope["headers"] is not headers:  # late identity must not believe what was taken out of them
+            call.request = _http_request(scope, request.body, complete=request.body_complete)
         token = enter(call)
         self.downstream = send
         try:
@@ -171,8 +172,7 @@ class _Passage:
         start, self.held_start = self.held_start, None
         assert start is not None  # noqa: S101 - only called while it is held
         assert self.call is not None  # noqa: S101 - no answer runs without a call
-        headers = tuple((bytes(name).lower(), bytes(value)) for name, value in start.get("headers", ()))
-        self.meter = meter_for(self.call, self.route, start["status"], headers)
+        self.meter = meter_for(self.call, self.route, start["status"], start.get("headers", ()))
         self.started = True
         await self.downstream({**start, "headers": [*start.get("headers", ()), *our_headers(self.call)]})
 
@@ -233,12 +233,20 @@ def _http_request(scope: Scope, body: bytes, *, complete: bool) -> HttpRequest:
         method=scope.get("method", "GET"),  # a websocket has none
         path=_path_below_root(scope),
         query=scope.get("query_string", b""),
-        headers=tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),
+        headers=_headers(scope["headers"]),
         peer=(client[0], client[1]) if client else None,
         body=body,
         body_complete=complete,
         surroundings=scope,
     )
+
+
+def _headers(raw: Iterable[Any]) -> Headers:
+    """Most servers give tuples; the specification lets them give lists of two, and any kind of bytes."""
+    headers = tuple(raw)
+    if all(type(header) is tuple and type(header[1]) is bytes for header in headers):
+        return headers
+    return tuple([(bytes(name), bytes(value)) for name, value in headers])
 
 
 def _without(scope: Scope, names: frozenset[bytes]) -> Scope:

@@ -5,10 +5,11 @@ No I/O and no protocol: the doors know how to send, this knows what.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Iterable
+
+from msgspec.structs import replace
 
 from llm_guard_mw.call import Call
 from llm_guard_mw.desk import Desk
@@ -62,7 +63,7 @@ def answer_instead(call: Call, route: Route, error: Exception | None = None) -> 
     if refusal is None:
         return None
     # The route's own callers get the route's shape, whichever provider the app was talking to.
-    return answer_to_refusal(call, dataclasses.replace(refusal, api=route.api))
+    return answer_to_refusal(call, replace(refusal, api=route.api))
 
 
 def our_headers(call: Call) -> Headers:
@@ -71,11 +72,11 @@ def our_headers(call: Call) -> Headers:
     return headers + ratelimit_headers(_quotas(call))
 
 
-def meter_for(call: Call, route: Route, status: int, headers: Headers) -> Meter | None:
+def meter_for(call: Call, route: Route, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Meter | None:
     """A meter on the route's own answer; what captures and `record` say comes before what it reads."""
     if call.captures or route.usage == "captured":
         return None
-    named = dict(headers)
+    named = {bytes(name).lower(): bytes(value) for name, value in headers}
     return Meter(
         route.api,
         content_type=_text(named.get(b"content-type")),
@@ -91,7 +92,7 @@ def _text(value: bytes | None) -> str | None:
 def _quotas(call: Call) -> Iterable[Quota]:
     now = time.time_ns() // 1_000_000
     for limit, standing in list(call.standings.values()):  # a thread of the app may capture meanwhile
-        ceiling = limit.ceiling()
+        ceiling = limit.full
         window = reset = None
         if limit.kind is Kind.BUCKET and limit.period_ms:
             window = max(1, limit.period_ms // 1000)
