@@ -3,7 +3,7 @@
     renew     the leases of all holds and calls this process has open, every third of the lease, in one batch
     sweep     book the holds whose owners are gone, every half lease
     drain     move journal entries into the ledger, within a second when there is room
-    retry     settlements that the store did not take
+    retry     settlements that the store did not take, and the closing of calls whose answer was dropped unclosed
     prune     what has had its time, in store and ledger, now and then
 
 Under load the drain yields: after a full batch it rests several times as long as the batch took. The ledger (and
@@ -171,7 +171,9 @@ class Keeper:
             log.warning("abandoned", exchanges=booked)
 
     def _retry(self) -> None:
-        outbox = self.desk.outbox
+        left_behind, outbox = self.desk.left_behind, self.desk.outbox
+        while left_behind:
+            left_behind.popleft()()
         for _ in range(len(outbox)):
             closing = outbox.popleft()
             try:

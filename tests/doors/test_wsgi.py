@@ -322,6 +322,20 @@ def test_closing_twice_changes_nothing(config: Config, caplog: pytest.LogCapture
     books()
 
 
+def test_an_answer_that_is_dropped_unclosed_is_closed_by_the_keeper(config: Config) -> None:
+    app = Answer(b"word " * 50, b"and more")
+    door = WSGIGuardMiddleware(app, config=config(route={"limits": ["1 concurrent per user"], "model": "gpt-4o-mini"}))
+    iterable: Any = door(environ_of(Sent()), lambda *head: None)
+
+    refused = drive_wsgi(door, Sent())
+    del iterable
+    books()
+
+    assert refused.status == 429
+    assert drive_wsgi(door, Sent()).status == 200
+    books()
+
+
 def test_a_generator_hears_that_its_client_has_gone(config: Config) -> None:
     heard: list[Any] = []
 
