@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llm_guard_mw.desk import Desk
-from llm_guard_mw.errors import GuardError
+from llm_guard_mw.errors import ConfigError, GuardError
 from llm_guard_mw.estimate import load_vocabularies
 from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.logs import log
@@ -84,6 +84,12 @@ class Keeper:
         """Make sure the thread runs. Cheap when it does."""
         if self._thread is not None:
             return
+        if type(self._starting) is not type(threading.Lock()):
+            # Locks of two kinds do not wait for each other: the process would stand still, and nobody would say why.
+            raise ConfigError(
+                "gevent took the place of threads after llm_guard_mw was loaded, which breaks its locks: patch first,"
+                ' for gunicorn --preload with "from gevent import monkey; monkey.patch_all()" in gunicorn.conf.py'
+            )
         with self._starting:
             if self._thread is None:
                 if _threads_are_greenlets():
