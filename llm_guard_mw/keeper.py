@@ -93,7 +93,9 @@ class Keeper:
         with self._starting:
             if self._thread is None:
                 if _threads_are_greenlets():
-                    self._warm_up()  # before the first reserve: it would be too late once the tables are read
+                    # Before the first reserve, which would be too late once the tables are read; and out of the way of
+                    # all other greenlets, which could not even hear their clients meanwhile.
+                    sys.modules["gevent"].get_hub().threadpool.apply(self._read_tables)
                 self._thread = threading.Thread(target=self._run, name="llm-guard-keeper", daemon=True)
                 self._thread.start()
 
@@ -120,7 +122,8 @@ class Keeper:
 
     def _run(self) -> None:
         with self._busy:
-            self._warm_up()
+            self._read_tables()
+            self.desk.identifier.warm()
         while not self._stopping.wait(TICK_SECONDS):
             now = time.monotonic()
             for duty in self.duties:
@@ -130,16 +133,15 @@ class Keeper:
             if duty.name in ("retry", "refusals", "drain"):
                 self._do(duty)
 
-    def _warm_up(self) -> None:
-        """Read tables that the first request would otherwise wait for."""
+    def _read_tables(self) -> None:
+        """Read what the first request would otherwise wait for."""
         try:
             self.desk.prices.warm()
             load_vocabularies()
-            self.desk.identifier.warm()
             if _threads_are_greenlets():
                 from llm_guard_mw.ledger import drain  # noqa: F401 - with it SQLAlchemy, which stops everybody
         except Exception:
-            log.exception("keeper_failed", duty="warm_up")
+            log.exception("keeper_failed", duty="read_tables")
 
     def _do(self, duty: _Duty) -> None:
         duty.due = time.monotonic() + duty.every
