@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from llm_guard_mw import settlement
 from llm_guard_mw.balances import Limit, ScopeValues
 from llm_guard_mw.call import Call, Exchange, Record, current_call, new_call_id, sayable
@@ -201,7 +203,7 @@ class Desk:
         if not call.identified or door is None:
             return None
         again = self._plan(call, claim_at_door(self.policy, call, door.asked, door.rates), takes=door.id)
-        return replace(again, wish=replace(again.wish, force=True))
+        return replace(again, wish=structs.replace(again.wish, force=True))
 
     def named(self, call: Call, outcome: Exchange | Refusal | Unguarded) -> None:
         """From here on that one is exchange 0."""

@@ -2,6 +2,8 @@
 
 Everything here is a frozen value. Money is an `int` of nano-dollars, times are `int` milliseconds since
 the Unix epoch (UTC), and nothing does I/O. The definitions are those of docs/explanation/accounting.md.
+What every exchange makes several of is a msgspec Struct: it is made ten times as fast as a frozen dataclass, and
+encoded without what it leaves at its defaults.
 
     Principal, Tags          who, and under which names the cost is reported
     Usage, Cost              what a provider says it did, and what that is worth
@@ -15,11 +17,13 @@ the Unix epoch (UTC), and nothing does I/O. The definitions are those of docs/ex
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Literal
+
+import msgspec
 
 NANOS_PER_DOLLAR = 1_000_000_000
 
@@ -198,8 +202,7 @@ class Window:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(msgspec.Struct, frozen=True):
     """What one offer wants from one balance.
 
     The amount claimed is `fixed + per_output * cap`, where the store may lower the cap (see `Offer`).
@@ -224,8 +227,7 @@ class Demand:
         return self.unit is Unit.REQUESTS
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(msgspec.Struct, frozen=True):
     """One way to serve the request. The store grants the first offer that all its balances can bear.
 
     It may lower the output cap, but not below `at_least`; `at_least == cap` forbids that.
@@ -238,8 +240,7 @@ class Offer:
     at_least: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(msgspec.Struct, frozen=True):
     """What an exchange holds on one balance, or (in the journal) what it moved there.
 
     `window_start` is fixed at reserve; it is 0 for whatever is not a calendar budget. `spent` marks requests,
@@ -257,8 +258,7 @@ class Line:
 # ---------------------------------------------------------------- the books
 
 
-@dataclass(frozen=True, slots=True)
-class UsageEvent:
+class UsageEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """One exchange in the books, append-only. The names are the contract of `events --format jsonl`.
 
     `at` is UTC in microseconds since the epoch. `input_tokens` and `output_tokens` are what was billed,
@@ -282,7 +282,7 @@ class UsageEvent:
     session_id: str | None = None
     experiment: str | None = None
     variant: str | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = msgspec.field(default_factory=dict)
     provider: str | None = None
     api: str | None = None
     requested_model: str | None = None
@@ -314,13 +314,12 @@ class UsageEvent:
     count: int = 1  # how many refusals a `refused` row stands for
 
 
-_EVENT_FIELDS = tuple(field.name for field in fields(UsageEvent))
-_EVENT_PLACES = {name: place for place, name in enumerate(_EVENT_FIELDS)}
-_event_values = attrgetter(*_EVENT_FIELDS)
+_EVENT_PLACES = {name: place for place, name in enumerate(UsageEvent.__struct_fields__)}
+_event_values = attrgetter(*UsageEvent.__struct_fields__)
 
 
 def amended(event: UsageEvent, **changes: Any) -> UsageEvent:
-    """`dataclasses.replace` for events, whose many fields make that one slow: it looks each up in Python."""
+    """The event with some fields changed. By place: `msgspec.structs.replace` takes twice as long for so many."""
     values = list(_event_values(event))
     for name, value in changes.items():
         values[_EVENT_PLACES[name]] = value

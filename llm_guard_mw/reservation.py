@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from msgspec import structs
+
 from llm_guard_mw.arithmetic import next_window, wait_ticks, window_at
 from llm_guard_mw.balances import Limit, ScopeValues
 from llm_guard_mw.call import Call, Exchange
@@ -95,16 +97,16 @@ class Plan:
     def around(self, at: int) -> Plan:
         """The same wish with calendar windows around the store's time."""
         offers = tuple(
-            replace(
+            structs.replace(
                 offer,
                 demands=tuple(
-                    replace(demand, windows=_windows(limit, at)) if demand.windows else demand
+                    structs.replace(demand, windows=_windows(limit, at)) if demand.windows else demand
                     for limit, demand in zip(self.limits, offer.demands, strict=True)
                 ),
             )
             for offer in self.wish.offers
         )
-        return replace(self, wish=replace(self.wish, offers=offers, not_after=at + NOT_AFTER_MS))
+        return replace(self, wish=structs.replace(self.wish, offers=offers, not_after=at + NOT_AFTER_MS))
 
 
 # ---------------------------------------------------------------- plan

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import msgspec
+
 from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Offer
 
 #: How long the endings are remembered.
@@ -33,8 +35,7 @@ GRACE_MS = 1000
 # ---------------------------------------------------------------- what goes in
 
 
-@dataclass(frozen=True, slots=True)
-class Reserve:
+class Reserve(msgspec.Struct, frozen=True):
     """A wish: grant the first of `offers` that fits, for exchange `exchange` of call `call`.
 
     `takes` names an exchange whose money and token lines are left out of the check, as if they were gone; when
@@ -53,16 +54,14 @@ class Reserve:
     force: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(msgspec.Struct, frozen=True):
     """One line of a settlement: what was held there, and what it really was."""
 
     line: Line  # line.amount is what was held (0 in a booking without a hold)
     actual: int
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(msgspec.Struct, frozen=True):
     """The end of an exchange. `kind` is SETTLE or RELEASE; the store may make it a CORRECTION or an ORPHAN.
 
     `payload` is what the journal keeps: `journal.encode_event`. `fresh` books what never had a hold (usage
@@ -82,8 +81,7 @@ class Settlement:
 # ---------------------------------------------------------------- what comes out
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True):
     """How one balance of the granted or refused offer stands, in the order of its demands."""
 
     spent: int  # bucket: drained to now
@@ -93,8 +91,7 @@ class Standing:
     window_end: int | None = None  # ms; None where nothing resets
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(msgspec.Struct, frozen=True):
     """`offers[offer]` was granted with output cap `cap`. `lines` are what is now held (or spent, for requests).
 
     `standings` are after the grant. `short` are the demands that stood in the way of a forced grant. `took` says

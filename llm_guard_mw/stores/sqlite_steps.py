@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import msgspec
 
@@ -268,7 +267,7 @@ def _without(balance: _Balance, freed: dict[tuple[str, int], int]) -> Standing:
     """How a balance stands for a taker: as if what it takes over were not held."""
     standing = balance.standing()
     own = freed.get((balance.name, balance.window_start), 0)
-    return replace(standing, held=standing.held - own) if own else standing
+    return msgspec.structs.replace(standing, held=standing.held - own) if own else standing
 
 
 def _fit(

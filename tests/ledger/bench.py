@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from sqlalchemy import Table, select
 
 from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.ledger.tables import METADATA
-from llm_guard_mw.model import Demand, EntryKind, UsageEvent
+from llm_guard_mw.model import Demand, EntryKind, UsageEvent, amended
 from llm_guard_mw.stores.journal import encode_event
 from llm_guard_mw.stores.protocol import Granted, Moved, Settlement, Store
 from llm_guard_mw.stores.sqlite import SQLiteStore
@@ -65,7 +65,7 @@ class Bench:
 
     def refuse(self, entry_id: str, **facts: Any) -> None:
         refused = event(f"{entry_id}/0", kind=EntryKind.REFUSED, cost_nanos=None, input_tokens=None, **facts)
-        self.store.append(f"{entry_id}/0/refused", encode_event(replace(refused, output_tokens=None)))
+        self.store.append(f"{entry_id}/0/refused", encode_event(amended(refused, output_tokens=None)))
 
     def drain(self, most: int = 500) -> int:
         total = 0

@@ -21,6 +21,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from llm_guard_mw.arithmetic import MS_PER_DAY, drain
 from llm_guard_mw.model import Demand, EntryKind, JournalEntry, Kind, Line, Offer, Window
 from llm_guard_mw.stores.journal import read_event
@@ -203,7 +205,7 @@ class ReferenceStore:
             for line in (taken.lines if taken else ())
             if not line.spent and (line.balance, line.window_start) == (demand.balance, balance.window_start)
         )
-        return replace(balance.standing(), held=balance.held - freed)
+        return structs.replace(balance.standing(), held=balance.held - freed)
 
     def _grant(
         self, now: int, wish: Reserve, index: int, cap: int, seen: Sequence[Balance], short: tuple[int, ...]
@@ -271,7 +273,7 @@ class ReferenceStore:
             if too_late:
                 return Settled.TOO_LATE
             deltas = _not_zero(
-                replace(moved.line, amount=moved.actual - moved.line.amount) for moved in settlement.moved
+                structs.replace(moved.line, amount=moved.actual - moved.line.amount) for moved in settlement.moved
             )
             for delta in deltas:
                 self._move(now, delta, spent=delta.amount)
@@ -284,7 +286,7 @@ class ReferenceStore:
         if unknown and exchange in self._holds:
             lines = self._holds[exchange].lines
             all_moved = tuple(Moved(line, line.amount if line.spent else 0) for line in lines)
-        actuals = [replace(moved.line, amount=moved.actual) for moved in all_moved]
+        actuals = [structs.replace(moved.line, amount=moved.actual) for moved in all_moved]
         if exchange in self._holds:
             del self._holds[exchange]
             for moved in all_moved:
