@@ -3,7 +3,7 @@
 Everything here is a frozen value. Money is an `int` of nano-dollars, times are `int` milliseconds since
 the Unix epoch (UTC), and nothing does I/O. The definitions are those of docs/explanation/accounting.md.
 What every exchange makes several of is a msgspec Struct: it is made ten times as fast as a frozen dataclass, and
-encoded without what it leaves at its defaults.
+encoded without what it leaves at its defaults. `gc=False` where it holds nothing that could lead back to it.
 
     Principal, Tags          who, and under which names the cost is reported
     Usage, Cost              what a provider says it did, and what that is worth
@@ -240,7 +240,7 @@ class Offer(msgspec.Struct, frozen=True):
     at_least: int = 0
 
 
-class Line(msgspec.Struct, frozen=True):
+class Line(msgspec.Struct, frozen=True, gc=False):
     """What an exchange holds on one balance, or (in the journal) what it moved there.
 
     `window_start` is fixed at reserve; it is 0 for whatever is not a calendar budget. `spent` marks requests,

@@ -54,7 +54,7 @@ class Reserve(msgspec.Struct, frozen=True):
     force: bool = False
 
 
-class Moved(msgspec.Struct, frozen=True):
+class Moved(msgspec.Struct, frozen=True, gc=False):
     """One line of a settlement: what was held there, and what it really was."""
 
     line: Line  # line.amount is what was held (0 in a booking without a hold)
@@ -81,7 +81,7 @@ class Settlement(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------- what comes out
 
 
-class Standing(msgspec.Struct, frozen=True):
+class Standing(msgspec.Struct, frozen=True, gc=False):
     """How one balance of the granted or refused offer stands, in the order of its demands."""
 
     spent: int  # bucket: drained to now

@@ -47,6 +47,7 @@ from llm_guard_mw.stores.redis_client import (
     Connection,
     Link,
     Pool,
+    flawed,
     loading,
     open_link,
     raise_if_away,
@@ -220,11 +221,18 @@ class _Engine:
     # -- for threads
 
     def run(self, talk: Talk[T]) -> T:
-        ((result, error),) = self._converse([talk])
-        if error is not None:
-            raise error
-        done: T = result
-        return done
+        try:
+            commands = next(talk)
+            while True:
+                replies = self._exchange(commands)
+                if flawed(replies):
+                    self._refuse_errors(replies)
+                commands = talk.send(replies)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            talk.close()
 
     def _converse(self, talks: Sequence[Talk[Any]]) -> list[tuple[Any, BaseException | None]]:
         """Hold some conversations side by side: what they say at the same time leaves in one write."""
@@ -281,12 +289,13 @@ class _Engine:
                         self._look_over(connection)
                     spoken = True
                     replies = speak(connection, commands)
-                    missing = to_load(commands, replies)
-                    if missing:
-                        loaded = speak(connection, loading(commands, missing))
-                        for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
-                            replies[n] = reply
-                    raise_if_away(replies)
+                    if flawed(replies):
+                        missing = to_load(commands, replies)
+                        if missing:
+                            loaded = speak(connection, loading(commands, missing))
+                            for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
+                                replies[n] = reply
+                        raise_if_away(replies)
             except (*LINK_ERRORS, ConfigError) as error:
                 if not (again and spoken):
                     self.breaker.failed(error)
@@ -310,12 +319,14 @@ class _Engine:
 
     # -- for tasks
 
-    async def arun(self, talk: Talk[T]) -> T:
+    async def arun(self, talk: Talk[T], commands: Sequence[Command] = ()) -> T:
+        """Hold a conversation to its end, from these commands on if it has begun."""
         try:
-            commands = next(talk)
+            commands = commands or next(talk)
             while True:
                 replies = await self._aexchange(commands)
-                self._refuse_errors(replies)
+                if flawed(replies):
+                    self._refuse_errors(replies)
                 commands = talk.send(replies)
         except StopIteration as end:
             result: T = end.value
@@ -328,14 +339,15 @@ class _Engine:
         for again in (True, False):
             link = None
             try:
-                link = await self._link()
+                link = self._ready(asyncio.get_running_loop()) or await self._link()
                 replies = await link.send(commands)
-                missing = to_load(commands, replies)
-                if missing:
-                    loaded = await link.send(loading(commands, missing))
-                    for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
-                        replies[n] = reply
-                raise_if_away(replies)
+                if flawed(replies):
+                    missing = to_load(commands, replies)
+                    if missing:
+                        loaded = await link.send(loading(commands, missing))
+                        for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
+                            replies[n] = reply
+                    raise_if_away(replies)
             except (*LINK_ERRORS, ConfigError) as error:
                 if link is not None:
                     link.drop(error)
@@ -346,6 +358,13 @@ class _Engine:
                 self.breaker.worked()
                 return replies
         raise AssertionError
+
+    def _ready(self, loop: asyncio.AbstractEventLoop) -> Link | None:
+        """The link of this loop, if it is open."""
+        own = self.loops.get(id(loop))
+        if own is None or own.loop is not loop or own.link is None or own.link.lost is not None:
+            return None
+        return own.link
 
     async def _link(self) -> Link:
         loop = asyncio.get_running_loop()
@@ -400,11 +419,9 @@ class _Engine:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             loop = None
-        own = self.loops.get(id(loop)) if loop is not None else None
-        if loop is not None and own is not None and own.loop is loop and own.link is not None:
-            task = loop.create_task(self._apost(talk, done))
-            self.posted.add(task)
-            task.add_done_callback(self.posted.discard)
+        link = self._ready(loop) if loop is not None else None
+        if link is not None and self.breaker.error is None:
+            self._say(link, talk, None, done)
             return
         self.queue.put(_Work(talk, done))
         if self.thread is None:
@@ -412,9 +429,34 @@ class _Engine:
                 if self.thread is None:
                     self._start_thread()
 
-    async def _apost(self, talk: Talk[Any], done: Done) -> None:
+    def _say(self, link: Link, talk: Talk[Any], replies: Sequence[Any] | None, done: Done) -> None:
+        """Say what comes next, and go on when it is answered. Only what goes wrong becomes a task: it is said again."""
         try:
-            await self.arun(talk)
+            commands = next(talk) if replies is None else talk.send(replies)
+        except StopIteration:
+            _tell(done, None)
+            return
+        except Exception as error:
+            _tell(done, error)
+            return
+
+        def go_on(answer: asyncio.Future[list[Any]]) -> None:
+            error = answer.exception()
+            if error is not None and link.ended:
+                talk.close()
+                _tell(done, StoreUnavailable(f"store {self.address.name}: the event loop ended first"))
+            elif error is not None or flawed(answer.result()):
+                task = link.loop.create_task(self._apost(talk, commands, done))
+                self.posted.add(task)
+                task.add_done_callback(self.posted.discard)
+            else:
+                self._say(link, talk, answer.result(), done)
+
+        link.send(commands).add_done_callback(go_on)
+
+    async def _apost(self, talk: Talk[Any], commands: Sequence[Command], done: Done) -> None:
+        try:
+            await self.arun(talk, commands)
         except asyncio.CancelledError:
             _tell(done, StoreUnavailable(f"store {self.address.name}: the event loop ended first"))
             raise
@@ -483,6 +525,7 @@ async def _until_the_loop_ends(own: _OfLoop) -> AsyncGenerator[None, None]:
         yield
     finally:
         if own.link is not None:
+            own.link.ended = True
             own.link.drop(redis.exceptions.ConnectionError("the event loop ended"))
 
 

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import uvloop
+from msgspec import structs
 
 from llm_guard_mw.errors import StoreUnavailable
 from llm_guard_mw.model import EntryKind
 from llm_guard_mw.stores import redis_client
-from llm_guard_mw.stores.protocol import Granted, Refused, Settled
+from llm_guard_mw.stores.protocol import Granted, Refused, Settled, Settlement
 from llm_guard_mw.stores.redis import AsyncRedisStore, RedisStore
 from llm_guard_mw.stores.redis_address import TIMEOUT_SECONDS
 from tests.model import servers
@@ -281,6 +282,64 @@ def test_what_a_cancelled_task_had_reserved_is_released_behind_it(
 
     assert account(direct, "pot") == (0, 0)
     assert direct.holds("", 10) == ()
+
+
+def test_what_nobody_waits_for_is_said_again_when_its_reply_was_lost(
+    store: RedisStore, direct: RedisStore, proxy: FaultyProxy
+) -> None:
+    async def many() -> list[tuple[Settlement, BaseException | None]]:
+        face = store.async_face()
+        wishes = [wish(f"c{number}/1", offer(prepaid("pot", 10**6, 100))) for number in range(30)]
+        helds = [granted(await face.reserve(each)) for each in wishes]
+        proxy.faults.lose_every = 3
+        endings = []
+        for number, (each, held) in enumerate(zip(wishes, helds, strict=True)):
+            heard: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+            ending = settled(each.exchange, held, {"pot": number})
+            store.settle_soon(ending, heard.set_result)
+            endings.append((ending, await heard))
+        return endings
+
+    endings = asyncio.run(many())
+    for ending, error in endings:
+        if error is not None:  # the second reply was lost as well: its owner keeps it, and tries again
+            assert direct.settle(ending) in (Settled.DONE, Settled.AGAIN)
+
+    assert proxy.lost >= 5
+    assert [error for _, error in endings].count(None) >= 20
+    assert account(direct, "pot") == (sum(range(30)), 0)
+    assert len(direct.read_journal("", 1000)) == 30
+
+
+def test_what_nobody_waits_for_is_told_when_its_loop_ends_first(store: RedisStore, proxy: FaultyProxy) -> None:
+    told: list[BaseException | None] = []
+
+    async def leave() -> None:
+        face = store.async_face()
+        held = granted(await face.reserve(wish("c/1", offer(prepaid("pot", 100, 40)))))
+        proxy.faults.silent = True
+        store.settle_soon(settled("c/1", held), told.append)
+
+    asyncio.run(leave())
+
+    assert [type(error) for error in told] == [StoreUnavailable]
+    assert "the event loop ended first" in str(told[0])
+
+
+def test_what_cannot_be_said_is_told_to_its_owner_and_to_nobody_else(store: RedisStore) -> None:
+    told: list[BaseException | None] = []
+
+    async def say() -> int:
+        face = store.async_face()
+        held = granted(await face.reserve(wish("c/1", offer(prepaid("pot", 100, 40)))))
+        store.settle_soon(structs.replace(settled("c/1", held), exchange="\ud800"), told.append)
+        store.settle_soon(settled("c/1", held), told.append)
+        return len(await asyncio.to_thread(store.read_journal, "", 10))
+
+    entries = asyncio.run(say())
+
+    assert [type(error) for error in told] == [UnicodeEncodeError, type(None)]
+    assert entries == 1
 
 
 def test_callers_beyond_the_pool_are_told_so(server: servers.Server, proxy: FaultyProxy) -> None:
