@@ -555,7 +555,8 @@ def _granted(wish: Reserve, at: int, told: Sequence[Any], *, all_told: bool) -> 
 
 def _standings(demands: Sequence[Demand], numbers: Iterable[int]) -> tuple[Standing, ...]:
     standings = []
-    for demand, (spent, held, rem, start) in zip(demands, _in(4, numbers), strict=True):
+    each = iter(numbers)
+    for demand, spent, held, rem, start in zip(demands, each, each, each, each, strict=True):
         end = None
         for window in demand.windows:
             if window.start == start:
@@ -574,9 +575,10 @@ def _lines(values: Sequence[Any]) -> tuple[Line, ...]:
 
 def _edges(windows: Sequence[Window]) -> tuple[int, int, int, int]:
     """The starts and ends of two windows; one that is not there contains no time."""
-    edges = [edge for window in windows[:2] for edge in (window.start, window.end)]
-    first, over, second, last = (*edges, 0, 0, 0, 0)[:4]
-    return first, over, second, last
+    if len(windows) < 2:
+        return windows[0].start, windows[0].end, 0, 0
+    first, second = windows[:2]
+    return first.start, first.end, second.start, second.end
 
 
 def _is_hold(kept: bytes | None) -> TypeGuard[bytes]:
