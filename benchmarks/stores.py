@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.servers import pin, redis
 from llm_guard_mw.arithmetic import next_window, window_at
 from llm_guard_mw.model import Demand, EntryKind, Kind, Line, Offer, Unit, UsageEvent, Window
 from llm_guard_mw.stores.journal import Estimate, encode_draft, encode_event
@@ -48,8 +48,7 @@ NOTHING = Script("nothing", "return 1", "e0e1f9fabfc9d4800c877a703b823ac0578ff8d
 
 
 def main() -> None:
-    if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
-        os.sched_setaffinity(0, {1})
+    pin(1)
     SCRIPTS[NOTHING.sha] = NOTHING
     with ExitStack() as closing:
         legs = {}
@@ -57,7 +56,7 @@ def main() -> None:
             if reason := servers.missing(leg):
                 print(f"  ({reason})")
             else:
-                legs[leg] = closing.enter_context(_server(leg))
+                legs[leg] = closing.enter_context(redis(leg, core=0))
         print(f"{'store':>10} {'limits':>7} {'callers':>11} {'pairs/s':>9} {'CPU us':>8} {'of bare':>8}")
         for limits in LIMITS:
             for callers in TASKS:
@@ -75,17 +74,6 @@ def main() -> None:
                 with TemporaryDirectory() as folder, shutting(SQLiteStore(Path(folder) / "store.db")) as store:
                     rounds.append(asyncio.run(_pairs(store.async_face(), limits, callers)))
             _print("sqlite", limits, f"{callers} tasks", rounds)
-
-
-@contextmanager
-def _server(leg: str) -> Iterator[servers.Server]:
-    server = servers.Server(leg).start()
-    if server.process is not None and hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
-        os.sched_setaffinity(server.process.pid, {0})
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 @contextmanager

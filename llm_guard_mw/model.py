@@ -1,9 +1,9 @@
 """The nouns: what the account is made of.
 
-Everything here is a frozen value. Money is an `int` of nano-dollars, times are `int` milliseconds since
+Everything here is a frozen value: a `msgspec.Struct`, since a request makes dozens of them and a dataclass of so
+many fields costs ten times as much to make or amend (docs/decisions/0006); `Usage`, which apps see, is a dataclass.
+Money is an `int` of nano-dollars, times are `int` milliseconds since
 the Unix epoch (UTC), and nothing does I/O. The definitions are those of docs/explanation/accounting.md.
-What every exchange makes several of is a msgspec Struct: it is made ten times as fast as a frozen dataclass, and
-encoded without what it leaves at its defaults. `gc=False` where it holds nothing that could lead back to it.
 
     Principal, Tags          who, and under which names the cost is reported
     Usage, Cost              what a provider says it did, and what that is worth
@@ -19,9 +19,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -80,8 +79,7 @@ Decision = Literal["allow", "cache", "degrade", "reject"]
 RefusalCode = Literal["rate_limited", "budget_spent", "concurrency", "never_fits"]
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
+class Principal(msgspec.Struct, frozen=True, gc=False):
     """Who is calling, as far as the caller could prove it. None = not known; an empty string never occurs."""
 
     user: str | None = None
@@ -91,8 +89,7 @@ class Principal:
     anonymous: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Tags:
+class Tags(msgspec.Struct, frozen=True, gc=False):
     """The names under which a call is reported. `trusted` names may choose limits, the others are for reports only."""
 
     feature: str | None = None
@@ -144,8 +141,7 @@ class Reading:
     broken: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True, gc=False):
     """What a usage is worth. `nanos` is None where no price is known and the rules allow that."""
 
     nanos: int | None
@@ -153,8 +149,7 @@ class Cost:
     flagged: str | None = None  # "ceiling": the provider's dearest price stood in; "unpriced"; None: a real price
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(msgspec.Struct, frozen=True, gc=False):
     """Upper bounds for a hold: whole nano-dollars a token, rounded up, the dearest tier of the model."""
 
     model: str | None
@@ -169,8 +164,7 @@ class Rates:
     hidden_output: bool = False  # it bills output that the caller never sees (reasoning)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, gc=False):
     """What a request to a provider asks for, read off its bytes."""
 
     api: str | None = None  # "openai.chat", ...; None: not a shape we know
@@ -194,15 +188,14 @@ class Asked:
 # ---------------------------------------------------------------- balances
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(msgspec.Struct, frozen=True, gc=False):
     """A stretch of time, `start <= t < end`, in ms since the epoch."""
 
     start: int
     end: int
 
 
-class Demand(msgspec.Struct, frozen=True):
+class Demand(msgspec.Struct, frozen=True, gc=False):
     """What one offer wants from one balance.
 
     The amount claimed is `fixed + per_output * cap`, where the store may lower the cap (see `Offer`).
@@ -227,7 +220,7 @@ class Demand(msgspec.Struct, frozen=True):
         return self.unit is Unit.REQUESTS
 
 
-class Offer(msgspec.Struct, frozen=True):
+class Offer(msgspec.Struct, frozen=True, gc=False):
     """One way to serve the request. The store grants the first offer that all its balances can bear.
 
     It may lower the output cap, but not below `at_least`; `at_least == cap` forbids that.
@@ -258,7 +251,7 @@ class Line(msgspec.Struct, frozen=True, gc=False):
 # ---------------------------------------------------------------- the books
 
 
-class UsageEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+class UsageEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One exchange in the books, append-only. The names are the contract of `events --format jsonl`.
 
     `at` is UTC in microseconds since the epoch. `input_tokens` and `output_tokens` are what was billed,
@@ -314,20 +307,7 @@ class UsageEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     count: int = 1  # how many refusals a `refused` row stands for
 
 
-_EVENT_PLACES = {name: place for place, name in enumerate(UsageEvent.__struct_fields__)}
-_event_values = attrgetter(*UsageEvent.__struct_fields__)
-
-
-def amended(event: UsageEvent, **changes: Any) -> UsageEvent:
-    """The event with some fields changed. By place: `msgspec.structs.replace` takes twice as long for so many."""
-    values = list(_event_values(event))
-    for name, value in changes.items():
-        values[_EVENT_PLACES[name]] = value
-    return UsageEvent(*values)
-
-
-@dataclass(frozen=True, slots=True)
-class JournalEntry:
+class JournalEntry(msgspec.Struct, frozen=True, gc=False):
     """One immutable entry of the journal: what moved, and the event that says why.
 
     `id` is `exchange/kind`, so that no exchange can be entered twice under one kind. `position` is the
@@ -346,8 +326,7 @@ class JournalEntry:
 # ---------------------------------------------------------------- what a caller is told
 
 
-@dataclass(frozen=True, slots=True)
-class Shortfall:
+class Shortfall(msgspec.Struct, frozen=True, gc=False):
     """One limit that stood in the way. Amounts are in the limit's unit (nano-dollars for USD)."""
 
     limit: str  # the notation, as written: "$2/day per user"
@@ -360,8 +339,7 @@ class Shortfall:
     by_holds: bool = False  # `spent` alone would not have refused: others' holds did
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True, gc=False):
     """Why a call is refused, and what the caller can do about it."""
 
     shortfalls: tuple[Shortfall, ...]

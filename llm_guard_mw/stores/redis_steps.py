@@ -54,8 +54,8 @@ _decode = msgspec.msgpack.Decoder().decode
 _RESERVE_KEYS, _SETTLE_KEYS = 7, 4
 #: Time, numbers, lines and event.
 _OWN_ARGUMENTS = 4
-#: Layouts that are remembered, about 1 kB each: one a rule set and principal.
-_LAYOUTS_MAX = 4096
+#: Layouts that are remembered, 1.5 kB each: one for reserve and one for settle, of a principal under its limits.
+_LAYOUTS_MAX = 8192
 #: Of a balance, as KEPT in _bucket.lua has it: all its bytes, and where window start, spent, held and changes stand.
 _KEPT_BYTES, _KEPT_PLACES = 61, ((1, 7), (7, 14), (14, 21), (49, 54))
 _CONCURRENT, _REQUESTS = Kind.CONCURRENT, Unit.REQUESTS
@@ -328,7 +328,7 @@ class Steps:
         said = _Message(*first, *subjects)
         exchanges = [(said.key(self.keys.exchange(name)), name) for name in names]
         members = [(said.key(self.keys.members(name)), name) for name in places]
-        return said.script(EXPIRE, _flat(layout), self._now(), _encode((exchanges, members, list(numbers))))
+        return said.script(EXPIRE, self._now(), _encode((exchanges, members, list(numbers), layout)))
 
     def _lapse(self, now: int) -> Talk[None]:
         """End the endings that have had their time. Redis does so by its TTLs; a clock of the test's own needs this."""

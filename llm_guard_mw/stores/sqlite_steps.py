@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from llm_guard_mw.arithmetic import MS_PER_DAY, drain
 from llm_guard_mw.model import FOREVER, Demand, EntryKind, JournalEntry, Kind, Line, Offer, Unit, Window
@@ -267,7 +268,7 @@ def _without(balance: _Balance, freed: dict[tuple[str, int], int]) -> Standing:
     """How a balance stands for a taker: as if what it takes over were not held."""
     standing = balance.standing()
     own = freed.get((balance.name, balance.window_start), 0)
-    return msgspec.structs.replace(standing, held=standing.held - own) if own else standing
+    return replace(standing, held=standing.held - own) if own else standing
 
 
 def _fit(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from msgspec import structs
+from msgspec.structs import replace
 
 from llm_guard_mw.model import Basis, EntryKind, JournalEntry, Line, Window
 from llm_guard_mw.stores.journal import encode_event
@@ -1236,7 +1236,7 @@ def test_a_trimmed_journal_goes_on_behind_what_it_was(store: Store) -> None:
 
 def test_an_entry_that_cannot_be_read_is_handed_out_with_what_it_moved(store: Store) -> None:
     granted = grant(store, wish("c/1", offer(prepaid("pot", 10, 4))))
-    store.settle(structs.replace(settled("c/1", granted), payload=b'{"event":'))
+    store.settle(replace(settled("c/1", granted), payload=b'{"event":'))
     _refusal(store, 2)
 
     damaged, sound = store.read_journal("", 10)

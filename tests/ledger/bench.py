@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
 from sqlalchemy import Table, select
 
 from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.ledger.tables import METADATA
-from llm_guard_mw.model import Demand, EntryKind, UsageEvent, amended
+from llm_guard_mw.model import Demand, EntryKind, UsageEvent
 from llm_guard_mw.stores.journal import encode_event
 from llm_guard_mw.stores.protocol import Granted, Moved, Settlement, Store
 from llm_guard_mw.stores.sqlite import SQLiteStore
@@ -65,7 +66,7 @@ class Bench:
 
     def refuse(self, entry_id: str, **facts: Any) -> None:
         refused = event(f"{entry_id}/0", kind=EntryKind.REFUSED, cost_nanos=None, input_tokens=None, **facts)
-        self.store.append(f"{entry_id}/0/refused", encode_event(amended(refused, output_tokens=None)))
+        self.store.append(f"{entry_id}/0/refused", encode_event(replace(refused, output_tokens=None)))
 
     def drain(self, most: int = 500) -> int:
         total = 0

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 
-from msgspec import structs
+from msgspec.structs import replace
 
 from llm_guard_mw.arithmetic import MS_PER_DAY, drain
 from llm_guard_mw.model import Demand, EntryKind, JournalEntry, Kind, Line, Offer, Window
@@ -154,7 +155,7 @@ class ReferenceStore:
                 seen.append(Balance(demand.kind, spent=len(self._members_now(now, demand.balance))))
                 continue
             kept = self._balances.get(demand.balance)
-            balance = Balance(demand.kind) if kept is None else replace(kept)
+            balance = Balance(demand.kind) if kept is None else copy(kept)
             if demand.kind is Kind.CALENDAR:
                 window = _window_of(demand.windows, now)
                 if window is None:
@@ -205,7 +206,7 @@ class ReferenceStore:
             for line in (taken.lines if taken else ())
             if not line.spent and (line.balance, line.window_start) == (demand.balance, balance.window_start)
         )
-        return structs.replace(balance.standing(), held=balance.held - freed)
+        return replace(balance.standing(), held=balance.held - freed)
 
     def _grant(
         self, now: int, wish: Reserve, index: int, cap: int, seen: Sequence[Balance], short: tuple[int, ...]
@@ -273,7 +274,7 @@ class ReferenceStore:
             if too_late:
                 return Settled.TOO_LATE
             deltas = _not_zero(
-                structs.replace(moved.line, amount=moved.actual - moved.line.amount) for moved in settlement.moved
+                replace(moved.line, amount=moved.actual - moved.line.amount) for moved in settlement.moved
             )
             for delta in deltas:
                 self._move(now, delta, spent=delta.amount)
@@ -286,7 +287,7 @@ class ReferenceStore:
         if unknown and exchange in self._holds:
             lines = self._holds[exchange].lines
             all_moved = tuple(Moved(line, line.amount if line.spent else 0) for line in lines)
-        actuals = [structs.replace(moved.line, amount=moved.actual) for moved in all_moved]
+        actuals = [replace(moved.line, amount=moved.actual) for moved in all_moved]
         if exchange in self._holds:
             del self._holds[exchange]
             for moved in all_moved:
@@ -461,7 +462,7 @@ def _silent(balance: Balance, since: int) -> bool:
     if balance.kind is Kind.CALENDAR:
         return balance.window_end is not None and balance.window_end <= since
     if balance.kind is Kind.BUCKET and balance.rate:
-        at_leisure = replace(balance)
+        at_leisure = copy(balance)
         at_leisure.drain_to(since)
         return at_leisure.spent == 0 and at_leisure.stamp <= since // balance.tick
     return False

@@ -11,7 +11,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from msgspec import structs
+from msgspec.structs import replace
 
 from llm_guard_mw.model import Demand, EntryKind, JournalEntry, Kind, Line, Offer, Unit, Window
 from llm_guard_mw.stores.journal import encode_event
@@ -388,9 +388,7 @@ class TwoLives(RuleBasedStateMachine):
 
 def _unordered(answer: object) -> object:
     """The order of lines says nothing."""
-    if isinstance(answer, Granted):
-        return structs.replace(answer, lines=_sorted(answer.lines))
-    if isinstance(answer, HoldState):
+    if isinstance(answer, Granted | HoldState):
         return replace(answer, lines=_sorted(answer.lines))
     return answer
 

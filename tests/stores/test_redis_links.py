@@ -15,7 +15,7 @@ from msgspec import structs
 
 from llm_guard_mw.errors import StoreUnavailable
 from llm_guard_mw.model import EntryKind
-from llm_guard_mw.stores import redis_client
+from llm_guard_mw.stores import redis_client, redis_steps
 from llm_guard_mw.stores.protocol import Granted, Refused, Settled, Settlement
 from llm_guard_mw.stores.redis import AsyncRedisStore, RedisStore
 from llm_guard_mw.stores.redis_address import TIMEOUT_SECONDS
@@ -427,6 +427,31 @@ def test_a_server_that_forgot_the_scripts_is_told_them_again(
 
     assert store.settle(settlement("c1/1", (), store.clock(), kind=EntryKind.RELEASE)) is Settled.DONE
     assert account(direct, "pot") == (0, 59)
+
+
+def test_more_principals_than_are_remembered_are_served_as_well(
+    store: RedisStore, direct: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_steps, "_LAYOUTS_MAX", 8)
+
+    for turn in range(2):
+        for user in range(20):
+            name = f"c{turn}-{user}/1"
+            held = granted(store.reserve(wish(name, offer(prepaid(f"user={user}|pot", 100, 10)))))
+            store.settle(settled(name, held, {f"user={user}|pot": user}))
+
+    assert len(store.steps._layouts) == 8
+    assert [account(direct, f"user={user}|pot") for user in range(20)] == [(2 * user, 0) for user in range(20)]
+
+
+def test_holds_with_more_balances_than_lua_has_room_for_are_booked(store: RedisStore) -> None:
+    for number in range(100):
+        pots = (prepaid(f"user={number}|pot-{each}", 100, 1) for each in range(90))
+        store.reserve(wish(f"c{number}/1", offer(*pots), lease_ms=-1))
+
+    assert store.expire() == 100
+
+    assert store.holds("", 10) == ()
 
 
 def test_a_full_journal_refuses_reserves_and_takes_settlements(server: servers.Server) -> None:

@@ -3,16 +3,15 @@
 --
 -- KEYS  1 due index   2 journal   3 subjects index   4 places index
 --       5.. exchanges, the subjects' hashes, and members of concurrency balances
--- ARGV  1 the layout, msgpack: subjects (see read_subjects)
---       2 now, ms ('' = Redis' clock)
---       3 msgpack array {exchanges, places, names of the balances by number}
+-- ARGV  1 now, ms ('' = Redis' clock)
+--       2 msgpack array {exchanges, places, names of the balances by number, layout (see read_subjects)}
 --         exchange {key index, exchange}, oldest lease first
 --         place    {key index, name}
 -- Reply {booked, skipped}: how many were booked; how many were no longer due, or gone
-local now = time_of(ARGV[2])
-layout = {cmsgpack.unpack(ARGV[1])}
-local message = cmsgpack.unpack(ARGV[3])
+local now = time_of(ARGV[1])
+local message = cmsgpack.unpack(ARGV[2])
 local exchanges, places = message[1], message[2]
+layout = message[4] -- an array within: many holds have more balances than Lua's stack has places
 
 local numbers = {}
 for i, name in ipairs(message[3]) do numbers[name] = i end
