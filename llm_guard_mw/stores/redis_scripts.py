@@ -40,6 +40,8 @@ RENEW = _read("renew")
 EXPIRE = _read("expire")
 FORGET = _read("forget")
 ADMIT = _read("admit")
+TAKE = _read("take")
+DROP = _read("drop")
 
 #: By the name that EVALSHA uses.
-SCRIPTS = {script.sha: script for script in (RESERVE, SETTLE, RENEW, EXPIRE, FORGET, ADMIT)}
+SCRIPTS = {script.sha: script for script in (RESERVE, SETTLE, RENEW, EXPIRE, FORGET, ADMIT, TAKE, DROP)}

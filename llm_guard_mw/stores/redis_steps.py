@@ -24,6 +24,7 @@ from llm_guard_mw.stores.journal import read_event
 from llm_guard_mw.stores.protocol import (
     BalanceState,
     ClockApart,
+    Entries,
     Granted,
     HoldState,
     Moved,
@@ -37,7 +38,7 @@ from llm_guard_mw.stores.protocol import (
     Unreadable,
 )
 from llm_guard_mw.stores.redis_keys import Keys
-from llm_guard_mw.stores.redis_scripts import ADMIT, EXPIRE, FORGET, RENEW, RESERVE, SETTLE, Script
+from llm_guard_mw.stores.redis_scripts import ADMIT, DROP, EXPIRE, FORGET, RENEW, RESERVE, SETTLE, TAKE, Script
 
 T = TypeVar("T")
 Command = tuple[str | bytes | int, ...]
@@ -46,6 +47,10 @@ Talk = Generator[Sequence[Command], Sequence[Any], T]
 
 #: So many holds are booked, leases renewed, subjects looked at in one script: others wait meanwhile.
 _BATCH = 100
+#: Lua unpacks no more than some thousand values.
+_DROPPED_AT_ONCE = 1000
+#: When the name of a process that drains no more leaves the journal's group.
+_CONSUMER_FORGOTTEN_MS = 3_600_000
 #: How many subjects one `forget` looks at; the next one goes on behind them.
 _FORGET_LOOK = 20_000
 #: A measured offset counts if question and answer took no longer than this.
@@ -367,17 +372,28 @@ class Steps:
 
     # ------------------------------------------------------------ the journal
 
-    def read_journal(self, after: str, count: int) -> Talk[Sequence[JournalEntry | Unreadable]]:
+    def take_journal(self, consumer: str, count: int, idle_ms: int) -> Talk[Entries]:
+        said = _Message(self.keys, self.keys.journal)
+        (entries,) = yield [said.script(TAKE, consumer, count, idle_ms, _CONSUMER_FORGOTTEN_MS)]
+        return _entries(entries)
+
+    def drop_journal(self, positions: Sequence[str]) -> Talk[None]:
+        for start in range(0, len(positions), _DROPPED_AT_ONCE):
+            ids = [_stream_id(position) for position in positions[start : start + _DROPPED_AT_ONCE]]
+            yield [_Message(self.keys, self.keys.journal).script(DROP, *ids)]
+
+    def read_journal(self, after: str, count: int) -> Talk[Entries]:
         low = f"({_stream_id(after)}" if after else "-"
         (entries,) = yield [("XRANGE", self.keys.journal, low, "+", "COUNT", count)]
-        return tuple(
-            _entry(entry_id, dict(zip(values[::2], values[1::2], strict=True))) for entry_id, values in entries
-        )
+        return _entries(entries)
 
-    def trim_journal(self, upto: str) -> Talk[None]:
-        if upto:
-            ms, _, number = _stream_id(upto).partition("-")
-            yield [("XTRIM", self.keys.journal, "MINID", "=", f"{ms}-{int(number) + 1}")]
+    def attend(self, for_ms: int) -> Talk[None]:
+        key = self.keys.worker
+        yield [("SET", key, self.clock() + for_ms, "PX", for_ms) if for_ms > 0 else ("DEL", key)]
+
+    def attended(self) -> Talk[bool]:
+        (until,) = yield [("GET", self.keys.worker)]
+        return until is not None and self.clock() < int(until)
 
     def journal_length(self) -> Talk[int]:
         (length,) = yield [("XLEN", self.keys.journal)]
@@ -519,19 +535,23 @@ def _stream_id(position: str) -> str:
     return f"{int(ms)}-{int(number)}"
 
 
+def _entries(entries: Sequence[Any]) -> Entries:
+    return tuple(_entry(entry_id, dict(zip(values[::2], values[1::2], strict=True))) for entry_id, values in entries)
+
+
 def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> JournalEntry | Unreadable:
     position = _position(entry_id)
     try:
         kind, at = EntryKind(fields[b"kind"].decode()), int(fields[b"at"])
         name = fields[b"id"].decode()
         lines = _lines(_decode(fields[b"lines"]))
-    except (msgspec.MsgspecError, LookupError, ValueError, TypeError) as error:  # not written by a script of ours
+    except Exception as error:  # whatever it is, no script of ours wrote it
         reason = f"{type(error).__name__}: {error}"
         at = int(position.partition("-")[0])
         return Unreadable(f"journal/{position}", EntryKind.REFUSED, at, (), repr(fields).encode(), reason, position)
-    payload = fields[b"payload"]
+    payload = fields.get(b"payload", b"")
     try:
         event = read_event(kind, at, payload, offer=int(fields[b"offer"]), cap=int(fields[b"cap"]))
-    except (msgspec.MsgspecError, LookupError, TypeError) as error:  # written by another version, or damaged
+    except Exception as error:  # written by another version, or damaged
         return Unreadable(name, kind, at, lines, payload, f"{type(error).__name__}: {error}", position=position)
     return JournalEntry(name, kind, at, lines, event, position=position)

@@ -110,6 +110,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_settlement_that_found_the_store_locked_is_tried_again(guarded: Install, tmp_path: Path) -> None:
     installed = guarded(limits=["$1/day global"])
+    installed.keeper.ledger.migrate()  # its first use locks the same file for longer than we are patient
     exchange = begin(installed)
     other = sqlite3.connect(tmp_path / "guard.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
