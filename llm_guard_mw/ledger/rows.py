@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from datetime import datetime
 from functools import lru_cache
 from itertools import chain
@@ -24,10 +23,10 @@ from llm_guard_mw.model import EXACT_MAX, EntryKind, JournalEntry, Kind, Line, U
 #: One row as the database driver wants it: column name to value.
 Row = dict[str, Any]
 
-EVENT_FIELDS = tuple(field.name for field in fields(UsageEvent))
-_OF_TYPE = {field.name: str(field.type) for field in fields(UsageEvent)}
-_WHOLE = tuple(name for name, kind in _OF_TYPE.items() if kind in ("int", "int | None"))
-_TEXT = tuple(name for name, kind in _OF_TYPE.items() if not kind.startswith(("int", "bool", "Mapping")))
+EVENT_FIELDS = UsageEvent.__struct_fields__
+_KIND_OF = {name: str(UsageEvent.__annotations__[name]) for name in EVENT_FIELDS}
+_WHOLE = tuple(name for name, kind in _KIND_OF.items() if kind in ("int", "int | None"))
+_TEXT = tuple(name for name, kind in _KIND_OF.items() if not kind.startswith(("int", "bool", "Mapping")))
 _values = attrgetter(*EVENT_FIELDS)
 _numbers = attrgetter(*_WHOLE)
 _words = attrgetter(*_TEXT)
