@@ -49,6 +49,8 @@ Talk = Generator[Sequence[Command], Sequence[Any], T]
 _BATCH = 100
 #: Lua unpacks no more than some thousand values.
 _DROPPED_AT_ONCE = 1000
+#: The consumers of the journal's stream: what each has in hand, Redis remembers.
+_GROUP = "ledger"
 #: When the name of a process that drains no more leaves the journal's group.
 _CONSUMER_FORGOTTEN_MS = 3_600_000
 #: How many subjects one `forget` looks at; the next one goes on behind them.
@@ -373,14 +375,24 @@ class Steps:
     # ------------------------------------------------------------ the journal
 
     def take_journal(self, consumer: str, count: int, idle_ms: int) -> Talk[Entries]:
-        said = _Message(self.keys, self.keys.journal)
-        (entries,) = yield [said.script(TAKE, consumer, count, idle_ms, _CONSUMER_FORGOTTEN_MS)]
-        return _entries(entries)
+        journal = self.keys.journal
+        taking = _Message(self.keys, journal).script(TAKE, _GROUP, consumer, count, idle_ms, _CONSUMER_FORGOTTEN_MS)
+        while True:
+            (where,) = yield [taking]
+            if not where:
+                return ()
+            reading = ("XREADGROUP", "GROUP", _GROUP, consumer, "COUNT", count, "STREAMS", journal, where)
+            (reply,) = yield [reading]
+            entries = reply[0][1] if reply else ()
+            gone = [entry_id for entry_id, fields in entries if fields is None]  # somebody took it out of the stream
+            if not gone:
+                return _entries(entries)
+            yield [("XACK", journal, _GROUP, *gone)]
 
     def drop_journal(self, positions: Sequence[str]) -> Talk[None]:
         for start in range(0, len(positions), _DROPPED_AT_ONCE):
             ids = [_stream_id(position) for position in positions[start : start + _DROPPED_AT_ONCE]]
-            yield [_Message(self.keys, self.keys.journal).script(DROP, *ids)]
+            yield [_Message(self.keys, self.keys.journal).script(DROP, _GROUP, *ids)]
 
     def read_journal(self, after: str, count: int) -> Talk[Entries]:
         low = f"({_stream_id(after)}" if after else "-"

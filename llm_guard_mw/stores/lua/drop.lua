@@ -2,7 +2,8 @@
 -- delivered and not committed.
 --
 -- KEYS  1 journal
--- ARGV  1.. ids of entries
+-- ARGV  1 group   2.. ids of entries
 -- Reply how many were there
-redis.call('XACK', KEYS[1], 'ledger', unpack(ARGV))
-return redis.call('XDEL', KEYS[1], unpack(ARGV))
+local ids = {unpack(ARGV, 2)}
+redis.call('XACK', KEYS[1], ARGV[1], unpack(ids))
+return redis.call('XDEL', KEYS[1], unpack(ids))

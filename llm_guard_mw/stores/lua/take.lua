@@ -1,32 +1,12 @@
--- Give a consumer of the journal's group entries to bring to the ledger: what it has in hand already (its last batch
--- met with no commit, or the reply was lost), else what another one left alone, else what nobody had yet.
+-- Say what a consumer of the journal's group is to read: what is in its hands already (its last batch met with no
+-- commit, or the reply was lost), else what another one left alone, which is put into its hands here, else what
+-- nobody had yet. The entries themselves are read by XREADGROUP: through Lua each would be copied twice.
 --
 -- KEYS  1 journal
--- ARGV  1 consumer   2 how many at most   3 how long others must have left them alone, ms
---       4 how long a consumer with empty hands must have been silent to be forgotten, ms
--- Reply {id, {field, value, ...}} of each entry, oldest first
-local GROUP, CONSUMER, COUNT, IDLE = 'ledger', ARGV[1], ARGV[2], ARGV[3]
-local FORGOTTEN = tonumber(ARGV[4])
-
-if redis.call('XLEN', KEYS[1]) == 0 then return {} end
-
-local function read(after)
-  local reply = redis.call('XREADGROUP', 'GROUP', GROUP, CONSUMER, 'COUNT', COUNT, 'STREAMS', KEYS[1], after)
-  return reply and reply[1][2] or {}
-end
-
--- What somebody removed from the stream is still in hand: without fields, or (6.2, of another's hands) without an id.
-local function still_there(entries)
-  local there = {}
-  for _, entry in ipairs(entries) do
-    if entry and entry[2] then
-      there[#there + 1] = entry
-    elseif entry then
-      redis.call('XACK', KEYS[1], GROUP, entry[1])
-    end
-  end
-  return there
-end
+-- ARGV  1 group   2 consumer   3 how many at most   4 how long others must have left them alone, ms
+--       5 how long a consumer with empty hands must have been silent to be forgotten, ms
+-- Reply where to read from: '0' its hands, '>' what is new, '' nothing is there
+local GROUP, CONSUMER, COUNT, IDLE, FORGOTTEN = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 
 -- Every process is a consumer of its own: the names of dead ones go when there is nothing left in their hands.
 local function sweep_consumers()
@@ -39,6 +19,16 @@ local function sweep_consumers()
   end
 end
 
+local function last_delivered()
+  for _, facts in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+    local group = {}
+    for n = 1, #facts, 2 do group[facts[n]] = facts[n + 1] end
+    if group.name == GROUP then return group['last-delivered-id'] end
+  end
+end
+
+if redis.call('XLEN', KEYS[1]) == 0 then return '' end
+
 local made = redis.pcall('XGROUP', 'CREATECONSUMER', KEYS[1], GROUP, CONSUMER)
 if type(made) == 'table' and made.err then
   -- From the beginning: what the stream still has is what the ledger may not have.
@@ -47,16 +37,19 @@ elseif made == 1 then
   sweep_consumers()
 end
 
-local entries = still_there(read('0'))
-if #entries > 0 then return entries end
-entries = still_there(redis.call('XAUTOCLAIM', KEYS[1], GROUP, CONSUMER, IDLE, '0-0', 'COUNT', COUNT)[2])
-if #entries > 0 then return entries end
-entries = read('>')
-if #entries > 0 then return entries end
+if #redis.call('XPENDING', KEYS[1], GROUP, '-', '+', 1, CONSUMER) > 0 then return '0' end
 
--- There are entries, none of them new, and nobody has one in hand: somebody has tampered with the group.
-if redis.call('XPENDING', KEYS[1], GROUP)[1] == 0 then
-  redis.call('XGROUP', 'SETID', KEYS[1], GROUP, '0')
-  return read('>')
+-- The oldest entry in anybody's hands tells: those of the living are dropped within moments, so that what a dead one
+-- had is soon the oldest there is.
+local oldest = redis.call('XPENDING', KEYS[1], GROUP, '-', '+', 1)[1]
+if oldest then
+  if oldest[3] < IDLE then return '>' end
+  redis.call('XAUTOCLAIM', KEYS[1], GROUP, CONSUMER, IDLE, '0-0', 'COUNT', COUNT, 'JUSTID')
+  return '0'
 end
-return {}
+
+-- There are entries, and nobody has one in hand. If none of them is new, somebody has tampered with the group.
+if #redis.call('XRANGE', KEYS[1], '(' .. last_delivered(), '+', 'COUNT', 1) == 0 then
+  redis.call('XGROUP', 'SETID', KEYS[1], GROUP, '0')
+end
+return '>'
