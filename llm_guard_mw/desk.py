@@ -319,8 +319,7 @@ class Desk:
         """Give back what the store may have granted to somebody who did not wait for its answer."""
         self.settle_soon(settlement.undo(wish.wish.exchange, wish.call, wish.draft))
         # Whoever closes the call frees what it may have joined.
-        joined = [demand.balance for demand in wish.wish.offers[0].demands if demand.kind is Kind.CONCURRENT]
-        wish.call.claimed.update(joined)
+        wish.call.joined |= any(demand.kind is Kind.CONCURRENT for demand in wish.wish.offers[0].demands)
 
     def let_pass(self, call: Call, error: StoreUnavailable) -> Unguarded:
         """A store that is away stops the call, unless the rules say that it passes unguarded then."""
@@ -440,7 +439,7 @@ class Desk:
         if call.detached and not call.closed:
             call.closed = True
             self.calls.pop(call.id, None)
-            if call.claimed:
+            if call.joined:
                 self.store.close_call_soon(call.id, lambda _error: None)
             log_call(call, None)
 
