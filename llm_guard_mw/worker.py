@@ -55,6 +55,7 @@ class Worker:
     def run(self, stopping: threading.Event) -> Work:
         """Work until `stopping` is set; ConfigError if that can never succeed."""
         log.info("worker_started")
+        self._look_over()
         try:
             while not stopping.is_set():
                 for duty in self.duties:
@@ -66,6 +67,16 @@ class Worker:
             Duty("attend", 0, lambda: self.store.attend(0)).do()
             log.info("worker_stopped", drained=self.work.drained)
         return self.work
+
+    def _look_over(self) -> None:
+        """A configuration that cannot be right says so at once, and not when there is something to drain."""
+        for look in (self.store.epoch, self.ledger.make_ready):
+            try:
+                look()
+            except ConfigError:
+                raise
+            except Exception as error:
+                log.warning("keeper_waits", duty="start", reason=f"{type(error).__name__}: {error}")
 
     def _drain(self) -> int:
         """One batch. Returns how many entries it had; 0 also while the ledger is left alone."""

@@ -46,6 +46,10 @@ class Ledger:
             opened = self._opened = os.getpid(), Database(self.url)
         return opened[1]
 
+    def make_ready(self) -> None:
+        """See to it that the tables are there; ConfigError for those that this version cannot work with."""
+        self.database.make_ready()
+
     def migrate(self) -> str:
         """Bring the schema up to date; any number of processes may ask at once. Returns its revision."""
         return self.database.migrate()

@@ -194,6 +194,17 @@ def test_a_configuration_that_cannot_be_right_ends_it(bench: Bench, folder: Path
     assert "no_such_key" in err
 
 
+def test_a_ledger_of_a_newer_version_ends_it(bench: Bench, start: Start) -> None:
+    with bench.ledger.database.writing() as connection:
+        connection.exec_driver_sql("UPDATE llm_guard_alembic_version SET version_num = '9999'")
+
+    worker = start("worker")
+    _, err = worker.communicate(timeout=60)
+
+    assert worker.returncode == 2
+    assert "has schema 9999" in err
+
+
 def test_a_ledger_that_is_away_is_waited_for_and_the_apps_are_not_kept_from_it(
     bench: Bench, folder: Path, store_url: str, start: Start
 ) -> None:
