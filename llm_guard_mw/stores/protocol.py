@@ -29,6 +29,9 @@ ABANDONED_TOMBSTONE_MS = 60 * 60_000
 LATE_SETTLE_MS = 60 * 60_000
 #: A hold may be this much past its lease before `verify` calls it a finding.
 GRACE_MS = 1000
+#: Entries that somebody took and did not drop for so long are given to another one: a batch takes tens of ms, so its
+#: process is dead or its ledger stands still. If it was neither, both commit, and the ledger counts each entry once.
+LEFT_ALONE_MS = 3000
 
 
 # ---------------------------------------------------------------- what goes in
@@ -181,6 +184,7 @@ class Unreadable(msgspec.Struct, frozen=True, gc=False):
 
 
 Done = Callable[[BaseException | None], None]
+Entries = Sequence[JournalEntry | Unreadable]
 
 
 class Store(Protocol):
@@ -208,18 +212,31 @@ class Store(Protocol):
     def peek(self, balances: Sequence[str]) -> Sequence[BalanceState]:
         """The named balances as they stand; an unknown one is left out."""
 
-    # -- the journal, read by the drain
+    # -- the journal, brought to the ledger by the drain
 
     def append(self, entry_id: str, payload: bytes) -> None:
         """Enter a refusal: it has no lines, and moves nothing."""
 
-    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
-        """Entries behind position `after` ("" = from the start), oldest first."""
+    def take_journal(self, consumer: str, count: int, idle_ms: int = LEFT_ALONE_MS) -> Entries:
+        """Give `consumer` up to `count` entries to bring to the ledger, oldest first; others are given others.
 
-    def trim_journal(self, upto: str) -> None:
-        """Forget the entries up to and including `upto`, which the ledger has committed."""
+        What it has in hand already comes first, then what another one left alone in its hands for `idle_ms`, then
+        what nobody had yet.
+        """
+
+    def drop_journal(self, positions: Sequence[str]) -> None:
+        """Forget the entries at these positions, which the ledger has committed; no matter in whose hands they are."""
+
+    def read_journal(self, after: str, count: int) -> Entries:
+        """Look at the entries behind position `after` ("" = from the start), oldest first; nobody is given them."""
 
     def journal_length(self) -> int: ...
+
+    def attend(self, for_ms: int) -> None:
+        """A worker is at the journal for so long: other processes leave it to that one. 0: no more."""
+
+    def attended(self) -> bool:
+        """Whether a worker is at the journal."""
 
     def epoch(self) -> str:
         """The identity of this store's contents: another one after it was lost and made anew."""

@@ -25,11 +25,12 @@ import redis
 
 from llm_guard_mw.errors import ConfigError, GuardError, StoreUnavailable
 from llm_guard_mw.logs import log
-from llm_guard_mw.model import JournalEntry
 from llm_guard_mw.stores.protocol import (
+    LEFT_ALONE_MS,
     BalanceState,
     ClockApart,
     Done,
+    Entries,
     Granted,
     HoldState,
     Refused,
@@ -38,7 +39,6 @@ from llm_guard_mw.stores.protocol import (
     Settled,
     Settlement,
     TooLate,
-    Unreadable,
 )
 from llm_guard_mw.stores.redis_address import Address, read_url
 from llm_guard_mw.stores.redis_client import (
@@ -132,11 +132,20 @@ class RedisStore:
         """Append without waiting; `done` as in `settle_soon`."""
         self.engine.post(self.steps.append(entry_id, payload), done)
 
-    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
+    def take_journal(self, consumer: str, count: int, idle_ms: int = LEFT_ALONE_MS) -> Entries:
+        return self.engine.run(self.steps.take_journal(consumer, count, idle_ms))
+
+    def drop_journal(self, positions: Sequence[str]) -> None:
+        self.engine.run(self.steps.drop_journal(positions))
+
+    def read_journal(self, after: str, count: int) -> Entries:
         return self.engine.run(self.steps.read_journal(after, count))
 
-    def trim_journal(self, upto: str) -> None:
-        self.engine.run(self.steps.trim_journal(upto))
+    def attend(self, for_ms: int) -> None:
+        self.engine.run(self.steps.attend(for_ms))
+
+    def attended(self) -> bool:
+        return self.engine.run(self.steps.attended())
 
     def journal_length(self) -> int:
         return self.engine.run(self.steps.journal_length())

@@ -39,6 +39,8 @@ RENEW = _read("renew", "_bucket")
 EXPIRE = _read("expire", "_bucket", "_hold")
 FORGET = _read("forget", "_bucket")
 ADMIT = _read("admit")
+TAKE = _read("take")
+DROP = _read("drop")
 
 #: By the name that EVALSHA uses.
-SCRIPTS = {script.sha: script for script in (RESERVE, SETTLE, RENEW, EXPIRE, FORGET, ADMIT)}
+SCRIPTS = {script.sha: script for script in (RESERVE, SETTLE, RENEW, EXPIRE, FORGET, ADMIT, TAKE, DROP)}

@@ -24,6 +24,7 @@ from llm_guard_mw.stores.journal import read_event
 from llm_guard_mw.stores.protocol import (
     BalanceState,
     ClockApart,
+    Entries,
     Granted,
     HoldState,
     Moved,
@@ -37,12 +38,18 @@ from llm_guard_mw.stores.protocol import (
     Unreadable,
 )
 from llm_guard_mw.stores.redis_keys import Keys
-from llm_guard_mw.stores.redis_scripts import ADMIT, EXPIRE, FORGET, RENEW, RESERVE, SETTLE, Script
+from llm_guard_mw.stores.redis_scripts import ADMIT, DROP, EXPIRE, FORGET, RENEW, RESERVE, SETTLE, TAKE, Script
 
 T = TypeVar("T")
 
 #: So many holds are booked, leases renewed, subjects looked at in one script: others wait meanwhile.
 _BATCH = 100
+#: Lua unpacks no more than some thousand values.
+_DROPPED_AT_ONCE = 1000
+#: The consumers of the journal's stream: what each has in hand, Redis remembers.
+_GROUP = "ledger"
+#: When the name of a process that drains no more leaves the journal's group.
+_CONSUMER_FORGOTTEN_MS = 3_600_000
 #: How many subjects one `forget` looks at; the next one goes on behind them.
 _FORGET_LOOK = 20_000
 #: A measured offset counts if question and answer took no longer than this.
@@ -420,17 +427,38 @@ class Steps:
 
     # ------------------------------------------------------------ the journal
 
-    def read_journal(self, after: str, count: int) -> Talk[Sequence[JournalEntry | Unreadable]]:
+    def take_journal(self, consumer: str, count: int, idle_ms: int) -> Talk[Entries]:
+        journal = self.keys.journal
+        taking = _Message(self.keys, journal).script(TAKE, _GROUP, consumer, count, idle_ms, _CONSUMER_FORGOTTEN_MS)
+        while True:
+            (where,) = yield [taking]
+            if not where:
+                return ()
+            reading = ("XREADGROUP", "GROUP", _GROUP, consumer, "COUNT", count, "STREAMS", journal, where)
+            (reply,) = yield [reading]
+            entries = reply[0][1] if reply else ()
+            gone = [entry_id for entry_id, fields in entries if fields is None]  # somebody took it out of the stream
+            if not gone:
+                return _entries(entries)
+            yield [("XACK", journal, _GROUP, *gone)]
+
+    def drop_journal(self, positions: Sequence[str]) -> Talk[None]:
+        for start in range(0, len(positions), _DROPPED_AT_ONCE):
+            ids = [_stream_id(position) for position in positions[start : start + _DROPPED_AT_ONCE]]
+            yield [_Message(self.keys, self.keys.journal).script(DROP, _GROUP, *ids)]
+
+    def read_journal(self, after: str, count: int) -> Talk[Entries]:
         low = f"({_stream_id(after)}" if after else "-"
         (entries,) = yield [("XRANGE", self.keys.journal, low, "+", "COUNT", count)]
-        return tuple(
-            _entry(entry_id, dict(zip(values[::2], values[1::2], strict=True))) for entry_id, values in entries
-        )
+        return _entries(entries)
 
-    def trim_journal(self, upto: str) -> Talk[None]:
-        if upto:
-            ms, _, number = _stream_id(upto).partition("-")
-            yield [("XTRIM", self.keys.journal, "MINID", "=", f"{ms}-{int(number) + 1}")]
+    def attend(self, for_ms: int) -> Talk[None]:
+        key = self.keys.worker
+        yield [("SET", key, self.clock() + for_ms, "PX", for_ms) if for_ms > 0 else ("DEL", key)]
+
+    def attended(self) -> Talk[bool]:
+        (until,) = yield [("GET", self.keys.worker)]
+        return until is not None and self.clock() < int(until)
 
     def journal_length(self) -> Talk[int]:
         (length,) = yield [("XLEN", self.keys.journal)]
@@ -649,18 +677,22 @@ def _stream_id(position: str) -> str:
     return f"{int(ms)}-{int(number)}"
 
 
+def _entries(entries: Sequence[Any]) -> Entries:
+    return tuple(_entry(entry_id, dict(zip(values[::2], values[1::2], strict=True))) for entry_id, values in entries)
+
+
 def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> JournalEntry | Unreadable:
     position = _position(entry_id)
     try:
         kind, at = EntryKind(fields[b"kind"].decode()), int(fields[b"at"])
         name, lines, payload, offer, cap = _entered(kind, fields)
-    except (msgspec.MsgspecError, LookupError, ValueError, TypeError) as error:  # not written by a script of ours
+    except Exception as error:  # whatever it is, no script of ours wrote it
         reason = f"{type(error).__name__}: {error}"
         at = int(position.partition("-")[0])
         return Unreadable(f"journal/{position}", EntryKind.REFUSED, at, (), repr(fields).encode(), reason, position)
     try:
         event = read_event(kind, at, payload, offer=offer, cap=cap)
-    except (msgspec.MsgspecError, LookupError, TypeError) as error:  # written by another version, or damaged
+    except Exception as error:  # written by another version, or damaged
         return Unreadable(name, kind, at, lines, payload, f"{type(error).__name__}: {error}", position=position)
     return JournalEntry(name, kind, at, lines, event, position=position)
 

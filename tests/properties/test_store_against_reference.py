@@ -295,7 +295,7 @@ class TwoLives(RuleBasedStateMachine):
         self.clock.forward(step)
         self.both(lambda store: store.expire())
 
-    @rule(data=st.data(), do=st.sampled_from(["close_call", "admit", "append", "trim"]))
+    @rule(data=st.data(), do=st.sampled_from(["close_call", "admit", "append", "drain"]))
     def keep_house(self, data: st.DataObject, do: str) -> None:
         getattr(self, f"_{do}")(data)
 
@@ -314,12 +314,18 @@ class TwoLives(RuleBasedStateMachine):
             return  # it was trimmed, so that nobody would know it again
         self.both(lambda store: store.append(entry_id, encode_event(event_of("z/1"))))
 
-    def _trim(self, data: st.DataObject) -> None:
-        count = data.draw(st.integers(1, 5))
-        for store in (self.reference, self.store):
-            page = store.read_journal("", count)
-            if page:
-                store.trim_journal(page[-1].position)
+    def _drain(self, data: st.DataObject) -> None:
+        consumer, count, commits = (
+            data.draw(st.sampled_from("ab")),
+            data.draw(st.integers(1, 5)),
+            data.draw(st.booleans()),
+        )
+        expected, actual = (store.take_journal(consumer, count, 10**12) for store in (self.reference, self.store))
+
+        assert [entry.id for entry in actual] == [entry.id for entry in expected]
+        if commits:
+            self.reference.drop_journal([entry.position for entry in expected])
+            self.store.drop_journal([entry.position for entry in actual])
 
     # -- what has to hold after each step
 
