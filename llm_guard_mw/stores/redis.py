@@ -85,6 +85,10 @@ class RedisStore:
         self.steps = Steps(Keys(address.prefix or prefix), clock, journal_max)
         self.engine = _Engine(address, self.steps)
 
+    @property
+    def name(self) -> str:
+        return f"redis:{self.engine.address.name} {self.steps.keys.prefix}"
+
     def clock(self) -> int:
         """The store's clock as far as it is known here, in ms; asks nobody."""
         return self.steps.clock()
@@ -101,6 +105,12 @@ class RedisStore:
     def settle_soon(self, settlement: Settlement, done: Done) -> None:
         """Settle without waiting; `done` is told the outcome, on a thread of the store or on the caller's loop."""
         self.engine.post(self.steps.settle(settlement), done)
+
+    def replayed(self, source: str) -> int:
+        return self.engine.run(self.steps.replayed(source))
+
+    def end_replay(self, source: str) -> None:
+        self.engine.run(self.steps.end_replay(source))
 
     def renew(self, exchanges: Sequence[str], calls: Sequence[str], lease_ms: int) -> Renewed:
         return self.engine.run(self.steps.renew(exchanges, calls, lease_ms))

@@ -186,6 +186,7 @@ class Steps:
                 line.spent,
                 each.actual,
             )
+        replay = settlement.replay
         packed = _encode(
             [
                 settlement.exchange,
@@ -194,6 +195,9 @@ class Steps:
                 settlement.fresh,
                 learnt,
                 "",
+                0 if replay is None else said.key(keys.replayed),
+                "" if replay is None else replay.source,
+                0 if replay is None else replay.position,
                 said.count,
                 *said.balances,
                 *moves,
@@ -204,8 +208,15 @@ class Steps:
     def append(self, entry_id: str, payload: bytes) -> Talk[None]:
         keys = self.keys
         said = _Message(keys, keys.refusal(entry_id), keys.due, keys.journal, keys.subjects)
-        packed = _encode(("", EntryKind.REFUSED, 0, True, False, entry_id, 0, 0))
+        packed = _encode(("", EntryKind.REFUSED, 0, True, False, entry_id, 0, "", 0, 0, 0))
         yield [said.script(SETTLE, self._now(), packed, payload)]
+
+    def replayed(self, source: str) -> Talk[int]:
+        (position,) = yield [("HGET", self.keys.replayed, source)]
+        return int(position or 0)
+
+    def end_replay(self, source: str) -> Talk[None]:
+        yield [("HDEL", self.keys.replayed, source)]
 
     # ------------------------------------------------------------ leases, calls, scope values
 
