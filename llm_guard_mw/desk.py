@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from llm_guard_mw import settlement
+from llm_guard_mw.alone import Alone
 from llm_guard_mw.balances import Limit, ScopeValues
 from llm_guard_mw.call import Call, Exchange, Record, current_call, new_call_id, sayable
 from llm_guard_mw.errors import GuardError, IdentityError, LimitExceeded, StoreUnavailable
@@ -48,6 +49,7 @@ from llm_guard_mw.reservation import (
     refuse_unbounded,
 )
 from llm_guard_mw.settlement import Closing, Ending
+from llm_guard_mw.spool import Spool
 from llm_guard_mw.stores.journal import encode_event
 from llm_guard_mw.stores.protocol import ClockApart, Granted, ProcessStore, Refused, TooLate
 
@@ -76,7 +78,7 @@ Stranger = tuple[str, str, str]  # (parent, scope, value)
 
 @dataclass(frozen=True, slots=True)
 class Unguarded:
-    """The store is away and the policy says "allow": nothing is held, nothing will be booked."""
+    """The store is away, and nothing could be booked here; but while observing nobody is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +107,15 @@ class _Asking:
 class Desk:
     """One a process, made by `process`; safe to use from many threads."""
 
-    def __init__(self, policy: Policy, prices: PriceBook, identifier: Identifier, store: ProcessStore) -> None:
+    def __init__(
+        self, policy: Policy, prices: PriceBook, identifier: Identifier, store: ProcessStore, spool: Spool
+    ) -> None:
         self.policy = policy
         self.prices = prices
         self.identifier = identifier
         self.store = store
         self.async_store = store.async_face()
+        self.spool = spool
         self._start_anew()
         _desks.add(self)
 
@@ -119,6 +124,7 @@ class Desk:
         self.open: dict[str, Exchange] = {}
         self.calls: dict[str, Call] = {}
         self.outbox: deque[Closing] = deque()
+        self.alone = Alone(self.spool)
         self._admitted: OrderedDict[Stranger, None] = OrderedDict()
         self._refusals: dict[Principal, _RefusalCount] = {}
         self._lock = threading.Lock()
@@ -206,6 +212,12 @@ class Desk:
     def named(self, call: Call, outcome: Exchange | Refusal | Unguarded) -> None:
         """From here on that one is exchange 0."""
         if isinstance(outcome, Exchange):
+            before = call.door  # None: it was taken over
+            if before is not None and outcome.alone:  # the store holds that one, and nobody could give it back
+                self._drop(outcome)
+                return
+            if before is not None and before.alone:
+                self._drop(before)
             self.open.pop(f"{call.id}/0", None)
             self.open[outcome.id] = call.door = outcome
 
@@ -315,6 +327,7 @@ class Desk:
                 call.closed = True
                 self.calls.pop(call.id, None)
                 self.store.close_call_soon(call.id, lambda _error: None)
+                self._leave_alone(call)
             raise
 
     def _plan(self, call: Call, claim: Claim, takes: str | None = None) -> Plan:
@@ -332,29 +345,53 @@ class Desk:
 
     @contextmanager
     def undoing(self, wish: Plan) -> Iterator[_Attempt]:
-        """Whoever goes away while the store is asked (a cancelled task) takes the hold with it."""
+        """Whoever goes away while the store is asked (a cancelled task) takes the hold with it.
+
+        If it is the store that is away, the call is stopped, or guarded by this process alone: as the rules say.
+        """
         attempt = _Attempt()
         try:
-            with self.letting_pass(wish.call):
-                yield attempt
-        except StoreUnavailable:
-            raise
+            yield attempt
+        except StoreUnavailable as error:
+            attempt.answer = self._without_store(wish, error)
         except BaseException:
             self.settle_soon(settlement.undo(wish.wish.exchange, wish.call, wish.draft))
-            # Whoever closes the call frees what it may have joined.
-            joined = [demand.balance for demand in wish.wish.offers[0].demands if demand.kind is Kind.CONCURRENT]
-            wish.call.claimed.update(joined)
+            _note_joined(wish)
             raise
+
+    def _without_store(self, wish: Plan, error: StoreUnavailable) -> Exchange | Refusal | Unguarded:
+        """What becomes of a wish that the store did not answer."""
+        call, alone = wish.call, wish
+        if error.asked:  # it may have granted it all the same, under this id: that is given back, and not used
+            alone = self._plan(call, wish.claim, takes=wish.wish.takes)
+            alone = replace(alone, wish=replace(alone.wish, force=wish.wish.force))
+            _note_joined(wish)
+            self.keep_for_later(settlement.undo(wish.wish.exchange, call, wish.draft), error)
+        if not self.lets_pass(call.route):
+            raise error
+        call.alone = True
+        try:
+            answer = self.read(alone, self.alone.reserve(alone.wish, error))
+        except StoreUnavailable as full:
+            if not self.observing:
+                raise
+            log.warning("unguarded", reason=str(full), call_id=call.id)
+            return Unguarded()
+        if isinstance(answer, Exchange):
+            answer.alone = True
+            if answer.granted.took:
+                self.open.pop(alone.wish.takes or "", None)
+        return answer
 
     @contextmanager
     def letting_pass(self, call: Call) -> Iterator[None]:
-        """A store that is away stops the call, unless the rules say that it passes unguarded then."""
+        """A store that is away stops the call, unless the rules say otherwise: the reserve will hear of it as well."""
         try:
             yield
         except StoreUnavailable as error:
             if not self.lets_pass(call.route):
                 raise
-            log.warning("unguarded", reason=str(error), call_id=call.id)
+            log.debug("store_away", step="admit", reason=str(error))
 
     def lets_pass(self, route: Route | None) -> bool:
         """Whether what cannot be guarded passes: so says `on_store_failure`, and so it is while observing."""
@@ -428,7 +465,26 @@ class Desk:
         )
         exchange.call.events.append(closing.event)
         self._book_what_waited(exchange.call)
+        if exchange.alone:
+            self._close_alone(closing)
+            self.settled(exchange.call)
+            return None
         return closing
+
+    def _close_alone(self, closing: Closing) -> None:
+        """It was granted here, so that the store hears of it by the spool."""
+        with self.tolerant("spool"):
+            self.alone.close(closing)
+        self.let_go(closing)
+
+    def _drop(self, exchange: Exchange) -> None:
+        with self.tolerant("spool"):
+            self.alone.drop(exchange.id)
+        self.open.pop(exchange.id, None)
+
+    def _leave_alone(self, call: Call) -> None:
+        if call.alone:
+            self.alone.close_call(call.id)
 
     def _in_flight(self, call: Call) -> bool:
         return any(exchange.call is call and not exchange.closed for exchange in list(self.open.values()))
@@ -451,6 +507,7 @@ class Desk:
             self.calls.pop(call.id, None)
             if call.claimed:
                 self.store.close_call_soon(call.id, lambda _error: None)
+            self._leave_alone(call)
             log_call(call, None)
 
     def closings(self, call: Call, ending: DoorEnding) -> list[Closing]:
@@ -473,6 +530,8 @@ class Desk:
                 with self.tolerant("record"):
                     closings.append(self._booking(call, record))
         call.events.extend(closing.event for closing in closings)
+        if door is not None and door.alone:
+            self._close_alone(closings.pop())
         return closings
 
     def _door_closing(self, call: Call, door: Exchange, records: list[Record], ending: DoorEnding) -> Closing:
@@ -500,6 +559,7 @@ class Desk:
 
     def closed(self, call: Call, ending: DoorEnding) -> None:
         self.calls.pop(call.id, None)
+        self._leave_alone(call)
         log_call(call, ending.status)
 
     # ------------------------------------------------------------ what the app reports and spends itself
@@ -537,7 +597,10 @@ class Desk:
         if isinstance(attempt.answer, Exchange):
             closing = settlement.close_charge(attempt.answer)
             call.events.append(closing.event)
-            self.settle_soon(closing)
+            if attempt.answer.alone:
+                self._close_alone(closing)
+            else:
+                self.settle_soon(closing)
 
     # ------------------------------------------------------------ what waits for the store
 
@@ -647,6 +710,12 @@ class _RefusalCount:
 def _log_lost(error: BaseException | None) -> None:
     if error is not None:
         log.warning("refusal_not_recorded", reason=str(error))
+
+
+def _note_joined(wish: Plan) -> None:
+    """Nobody heard what became of it: whoever closes the call frees what it may have joined."""
+    demands = wish.wish.offers[0].demands
+    wish.call.claimed.update(demand.balance for demand in demands if demand.kind is Kind.CONCURRENT)
 
 
 def _feature(call: Call) -> str | None:

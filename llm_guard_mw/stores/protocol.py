@@ -77,7 +77,7 @@ class Settlement:
 
     `payload` is what the journal keeps: `journal.encode_event`. `fresh` books what never had a hold (usage
     that was only heard of after the fact). A RELEASE without `moved` gives back whatever is held, if anything
-    is: for a caller that went away before it learnt what was granted.
+    is: for a caller that went away before it learnt what was granted. (A `fresh` one has nothing to give back.)
     """
 
     exchange: str

@@ -283,6 +283,7 @@ class _Engine:
 
     def _exchange(self, commands: Sequence[Command]) -> list[Any]:
         self.breaker.check()
+        asked = False
         for again in (True, False):
             spoken = False
             try:
@@ -298,9 +299,10 @@ class _Engine:
                             replies[n] = reply
                     raise_if_away(replies)
             except (*LINK_ERRORS, ConfigError) as error:
+                asked |= spoken
                 if not (again and spoken):
                     self.breaker.failed(error)
-                    raise unavailable(self.address.name, error) from error
+                    raise unavailable(self.address.name, error, asked=asked) from error
             else:
                 self.breaker.worked()
                 return replies
@@ -335,6 +337,7 @@ class _Engine:
 
     async def _aexchange(self, commands: Sequence[Command]) -> list[Any]:
         self.breaker.check()
+        asked = False
         for again in (True, False):
             link = None
             try:
@@ -349,9 +352,10 @@ class _Engine:
             except (*LINK_ERRORS, ConfigError) as error:
                 if link is not None:
                     link.drop(error)
+                asked |= link is not None
                 if not (again and link is not None):
                     self.breaker.failed(error)
-                    raise unavailable(self.address.name, error) from error
+                    raise unavailable(self.address.name, error, asked=asked) from error
             else:
                 self.breaker.worked()
                 return replies

@@ -99,11 +99,11 @@ class Breaker:
         self.error = None
 
 
-def unavailable(name: str, error: Exception) -> Exception:
+def unavailable(name: str, error: Exception, *, asked: bool = False) -> Exception:
     """What the callers of a store are told: each gets an error of its own, or tracebacks would pile up on one."""
     if isinstance(error, ConfigError):
         return ConfigError(error.mistakes)
-    told = StoreUnavailable(f"store {name}: {type(error).__name__}: {error}")
+    told = StoreUnavailable(f"store {name}: {type(error).__name__}: {error}", asked=asked)
     told.__cause__ = error
     return told
 

@@ -163,7 +163,7 @@ class Steps:
 
     def settle(self, settlement: Settlement) -> Talk[Settled]:
         moved, learnt = settlement.moved, False
-        if settlement.kind is EntryKind.RELEASE and not moved:
+        if settlement.kind is EntryKind.RELEASE and not moved and not settlement.fresh:
             (kept,) = yield [("GET", self.keys.exchange(settlement.exchange))]
             if kept is None or not kept.startswith(b"+"):
                 return Settled.AGAIN

@@ -79,7 +79,7 @@ class SQLiteStore:
 
     @property
     def name(self) -> str:
-        return f"sqlite:{Path(self.engine.path).absolute()}"
+        return f"sqlite:{Path(self.engine.path).resolve()}"
 
     def clock(self) -> int:
         """The store's clock, in ms; asks nobody."""

@@ -394,7 +394,7 @@ def _settle(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled
         _end_hold(db, now, settlement.exchange, settlement.kind, TOMBSTONE_MS)
         _enter(db, now, settlement.exchange, settlement.kind, _actual(moves), settlement.payload)
         return Settled.DONE
-    if settlement.kind is EntryKind.RELEASE and not settlement.moved:
+    if settlement.kind is EntryKind.RELEASE and not settlement.moved and not settlement.fresh:
         return Settled.AGAIN
     if not settlement.fresh and now > settlement.lease_end + LATE_SETTLE_MS:
         return Settled.TOO_LATE

@@ -900,6 +900,14 @@ def test_a_release_without_a_hold_is_entered_as_one(store: Store) -> None:
     assert [entry.id for entry in journal(store)] == ["c/2/release"]
 
 
+def test_a_release_that_never_held_anything_is_entered_as_well(store: Store) -> None:
+    nothing = settlement("c/2", (), NOON + LEASE, kind=EntryKind.RELEASE, fresh=True)
+
+    assert store.settle(nothing) is Settled.DONE
+
+    assert [entry.id for entry in journal(store)] == ["c/2/release"]
+
+
 # ---------------------------------------------------------------- replays of a spool
 
 

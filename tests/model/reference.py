@@ -295,7 +295,7 @@ class ReferenceStore:
             return Settled.CORRECTED
 
         all_moved = settlement.moved
-        unknown = kind is EntryKind.RELEASE and not all_moved
+        unknown = kind is EntryKind.RELEASE and not all_moved and not settlement.fresh
         if unknown and exchange in self._holds:
             lines = self._holds[exchange].lines
             all_moved = tuple(Moved(line, line.amount if line.spent else 0) for line in lines)
