@@ -10,7 +10,8 @@ Rule 2. What was granted here is settled out of the spool and never directly, so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from llm_guard_mw import spool_records as records
 from llm_guard_mw.errors import StoreUnavailable

@@ -13,11 +13,12 @@ Rule 3. An error of ours before the grant follows `on_store_failure`; after it, 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
+
+import msgspec
 
 from llm_guard_mw.call import Call, enter, leave
 from llm_guard_mw.desk import DoorEnding
@@ -216,7 +217,7 @@ class _Passage:
         if refusal is None:
             return None
         # The route's own callers get the route's shape, whichever provider the app was talking to.
-        return refusal_answer(dataclasses.replace(refusal, api=api), headers=ratelimit_headers(_quotas(call)))
+        return refusal_answer(msgspec.structs.replace(refusal, api=api), headers=ratelimit_headers(_quotas(call)))
 
     async def _replace(self, answer: Answer) -> None:
         """Send our answer instead of the app's."""

@@ -13,7 +13,10 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+
+import msgspec
+from msgspec.structs import replace
 
 from llm_guard_mw import settlement
 from llm_guard_mw.alone import Alone
@@ -41,6 +44,7 @@ from llm_guard_mw.pricing import PriceBook, Unpriced
 from llm_guard_mw.reservation import (
     Claim,
     Plan,
+    Terms,
     claim_at_door,
     claim_of_charge,
     claim_of_request,
@@ -58,6 +62,9 @@ REFUSAL_EVENTS_PER_SECOND = 3
 
 #: Scope values of which this process remembers that the store has admitted them.
 ADMITTED_MAX = 10_000
+
+#: Callers of whom it remembers which balances they have.
+TERMS_MAX = 10_000
 
 #: What a new scope value beyond the day's bound counts as. A caller who says "*other" himself joins them.
 OTHER = "*other"
@@ -81,8 +88,7 @@ class Unguarded:
     """The store is away, and nothing could be booked here; but while observing nobody is refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class DoorEnding:
+class DoorEnding(msgspec.Struct, frozen=True, gc=False):
     """How a guarded request ended, as its door saw it.
 
     `status` is None when no answer began. `whole` says that the answer was passed on to its end. `reading` is
@@ -92,16 +98,6 @@ class DoorEnding:
     status: int | None = None
     whole: bool = True
     reading: Reading | None = None
-
-
-@dataclass(slots=True)
-class _Attempt:
-    answer: Exchange | Refusal | Unguarded = Unguarded()
-
-
-@dataclass(slots=True)
-class _Asking:
-    answer: Principal | Late = field(default_factory=lambda: Late("nobody is known"))
 
 
 class Desk:
@@ -126,6 +122,7 @@ class Desk:
         self.outbox: deque[Closing] = deque()
         self.alone = Alone(self.spool)
         self._admitted: OrderedDict[Stranger, None] = OrderedDict()
+        self._known_terms: dict[tuple[object, ...], Terms] = {}
         self._refusals: dict[Principal, _RefusalCount] = {}
         self._lock = threading.Lock()
 
@@ -174,17 +171,13 @@ class Desk:
         parent_id = outer.id if outer is not None else None
         return Call(id=new_call_id(), principal=principal, tags=said, route=None, till=self, parent_id=parent_id)
 
-    @contextmanager
-    def asking(self, *, needed: bool = True) -> Iterator[_Asking]:
-        """Who is calling? Nobody raises IdentityError, but not while observing, which refuses nobody."""
-        asking = _Asking()
-        try:
-            yield asking
-        except IdentityError as error:
-            if needed and not self.observing:
-                raise
-            if needed:
-                log.warning("would_refuse", code="unauthenticated", reason=str(error))
+    def nobody(self, error: IdentityError, *, needed: bool = True) -> Late:
+        """Nobody knows who is calling: an error, but not while observing, which refuses nobody."""
+        if needed and not self.observing:
+            raise error
+        if needed:
+            log.warning("would_refuse", code="unauthenticated", reason=str(error))
+        return Late("nobody is known")
 
     def identified(self, call: Call, principal: Principal | Late) -> None:
         """A late source has answered: from now on the call has a name."""
@@ -200,9 +193,8 @@ class Desk:
         claim = claim_at_door(self.policy, call, asked, self._rates_at_door(asked))
         return self._plan(call, claim)
 
-    def plan_named(self, call: Call, who: Principal | Late) -> Plan | None:
+    def plan_named(self, call: Call) -> Plan | None:
         """Exchange 0 once more, on the balances of a caller who is known only now. It has run: nothing refuses it."""
-        self.identified(call, who)
         door = call.door
         if not call.identified or door is None:
             return None
@@ -315,27 +307,20 @@ class Desk:
             self.settled(call)
         return outcome
 
-    @contextmanager
-    def opening(self, call: Call) -> Iterator[None]:
-        """On the way to a grant: what goes wrong is remembered for the door, and a call that never opens is gone."""
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, GuardError):
-                call.failure = error
-            if call.detached or call.id not in self.calls:
-                call.closed = True
-                self.calls.pop(call.id, None)
-                self.store.close_call_soon(call.id, lambda _error: None)
-                self._leave_alone(call)
-            raise
+    def not_opened(self, call: Call, error: BaseException) -> None:
+        """It went wrong on the way to a grant: the door hears why, and a call that never opens is gone."""
+        if isinstance(error, GuardError):
+            call.failure = error
+        if call.detached or call.id not in self.calls:
+            call.closed = True
+            self.calls.pop(call.id, None)
+            self.store.close_call_soon(call.id, lambda _error: None)
+            self._leave_alone(call)
 
     def _plan(self, call: Call, claim: Claim, takes: str | None = None) -> Plan:
         model = UNKNOWN_MODEL if claim.asked.model and claim.rates.flagged else claim.asked.model
-        limits = self._limits(call, model)
-        values = self._values(call, model, limits)
-        now = self.store.clock()
-        return plan(self.policy, call, claim, limits, values, number=call.next_number(), takes=takes, now_ms=now)
+        terms, now = self._terms(call, model), self.store.clock()
+        return plan(self.policy, call, claim, terms, number=call.next_number(), takes=takes, now_ms=now)
 
     def read(self, wish: Plan, outcome: Granted | Refused | ClockApart | TooLate) -> Exchange | Refusal:
         if isinstance(outcome, Granted | Refused):
@@ -343,24 +328,13 @@ class Desk:
             return self._refused(wish.call, answer, wish.number) if isinstance(answer, Refusal) else answer
         raise StoreUnavailable("the store answered too late")
 
-    @contextmanager
-    def undoing(self, wish: Plan) -> Iterator[_Attempt]:
-        """Whoever goes away while the store is asked (a cancelled task) takes the hold with it.
+    def undo(self, wish: Plan) -> None:
+        """Give back what the store may have granted to somebody who did not wait for its answer."""
+        self.settle_soon(settlement.undo(wish.wish.exchange, wish.call, wish.draft))
+        _note_joined(wish)
 
-        If it is the store that is away, the call is stopped, or guarded by this process alone: as the rules say.
-        """
-        attempt = _Attempt()
-        try:
-            yield attempt
-        except StoreUnavailable as error:
-            attempt.answer = self._without_store(wish, error)
-        except BaseException:
-            self.settle_soon(settlement.undo(wish.wish.exchange, wish.call, wish.draft))
-            _note_joined(wish)
-            raise
-
-    def _without_store(self, wish: Plan, error: StoreUnavailable) -> Exchange | Refusal | Unguarded:
-        """What becomes of a wish that the store did not answer."""
+    def without_store(self, wish: Plan, error: StoreUnavailable) -> Exchange | Refusal | Unguarded:
+        """The store did not answer: the call is stopped, or guarded by this process alone. The rules say which."""
         call, alone = wish.call, wish
         if error.asked:  # it may have granted it all the same, under this id: that is given back, and not used
             alone = self._plan(call, wish.claim, takes=wish.wish.takes)
@@ -383,15 +357,10 @@ class Desk:
                 self.open.pop(alone.wish.takes or "", None)
         return answer
 
-    @contextmanager
-    def letting_pass(self, call: Call) -> Iterator[None]:
-        """A store that is away stops the call, unless the rules say otherwise: the reserve will hear of it as well."""
-        try:
-            yield
-        except StoreUnavailable as error:
-            if not self.lets_pass(call.route):
-                raise
-            log.debug("store_away", step="admit", reason=str(error))
+    def let_pass(self, call: Call, error: StoreUnavailable) -> None:
+        """Whether a new scope value may have a balance was not told. The reserve will hear from the store as well."""
+        if not self.lets_pass(call.route):
+            raise error
 
     def lets_pass(self, route: Route | None) -> bool:
         """Whether what cannot be guarded passes: so says `on_store_failure`, and so it is while observing."""
@@ -408,6 +377,23 @@ class Desk:
 
     # ------------------------------------------------------------ limits, scopes, values
 
+    def _terms(self, call: Call, model: str | None) -> Terms:
+        """The limits of a call and their balances; remembered, since most callers come again."""
+        route = None if call.route is None else call.route.name
+        # What no limit asks for is no part of what is remembered: a session's id would be new in every call.
+        tags = call.tags if call.tags.trusted and self.policy.asks_tags else call.tags.trusted
+        caller = route, call.principal, tags, _feature(call), model, call.identified
+        terms = self._known_terms.get(caller)
+        if terms is None:
+            limits = self._limits(call, model)
+            values, stranger = self._values(call, model, limits)
+            terms = Terms(limits, tuple([limit.balance(values) for limit in limits]))
+            if not stranger:
+                if len(self._known_terms) >= TERMS_MAX:
+                    self._known_terms = {}
+                self._known_terms[caller] = terms
+        return terms
+
     def _limits(self, call: Call, model: str | None = None) -> tuple[Limit, ...]:
         limits = self.policy.limits_for(call.route, call.principal, call.tags, feature=_feature(call), model=model)
         if call.identified:
@@ -415,17 +401,18 @@ class Desk:
         # Nobody is known (yet): what cannot be named is not counted, or all strangers would share one balance.
         return tuple([limit for limit in limits if _NAMELESS.issuperset(limit.scope)])
 
-    def _values(self, call: Call, model: str | None, limits: Iterable[Limit]) -> ScopeValues:
-        """What the call stands for; a value that the store has not admitted counts as `other`."""
+    def _values(self, call: Call, model: str | None, limits: Iterable[Limit]) -> tuple[ScopeValues, bool]:
+        """What the call stands for, and whether it is a stranger: a value not admitted (yet) counts as `other`."""
         values = self.policy.scope_values(call.route, call.principal, call.tags, feature=_feature(call), model=model)
+        stranger = False
         for parent, scope, value in _bounded_values(values, limits):
             if (parent, scope, value) not in self._admitted:
-                values = _as_other(values, scope)
-        return values
+                values, stranger = _as_other(values, scope), True
+        return values, stranger
 
     def strangers(self, call: Call) -> list[Stranger]:
         """Values that some limit counts by and that this process has not met: the store decides on their balance."""
-        if not call.tags.trusted:
+        if not (call.tags.trusted and self.policy.asks_tags):
             return []
         limits = self._limits(call)
         values = self.policy.scope_values(call.route, call.principal, call.tags, feature=_feature(call))
@@ -586,21 +573,28 @@ class Desk:
         """Spend credits: reserved and settled as reserved. Raises LimitExceeded, and then nothing was spent."""
         claim = claim_of_charge(credits, provider, self.prices.price_version)
         wish = self._plan(call, claim)
-        with self.undoing(wish) as attempt:
+        try:
             outcome = self.store.reserve(wish.wish)
             while isinstance(outcome, ClockApart):
                 wish = wish.around(outcome.at)
                 outcome = self.store.reserve(wish.wish)
-            attempt.answer = self.read(wish, outcome)
-        if isinstance(attempt.answer, Refusal):
-            raise LimitExceeded(attempt.answer)
-        if isinstance(attempt.answer, Exchange):
-            closing = settlement.close_charge(attempt.answer)
-            call.events.append(closing.event)
-            if attempt.answer.alone:
-                self._close_alone(closing)
-            else:
-                self.settle_soon(closing)
+            answer = self.read(wish, outcome)
+        except StoreUnavailable as error:
+            unheard = self.without_store(wish, error)
+            if isinstance(unheard, Unguarded):
+                return
+            answer = unheard
+        except BaseException:
+            self.undo(wish)
+            raise
+        if isinstance(answer, Refusal):
+            raise LimitExceeded(answer)
+        closing = settlement.close_charge(answer)
+        call.events.append(closing.event)
+        if answer.alone:
+            self._close_alone(closing)
+        else:
+            self.settle_soon(closing)
 
     # ------------------------------------------------------------ what waits for the store
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace as amended
 
 from llm_guard_mw.call import Call, Exchange, Record
 from llm_guard_mw.estimate import count_text
-from llm_guard_mw.model import Basis, Cost, EntryKind, Kind, Line, Reading, Unit, Usage, UsageEvent, amended
+from llm_guard_mw.model import Basis, Cost, EntryKind, Kind, Line, Reading, Unit, Usage, UsageEvent
 from llm_guard_mw.pricing import PriceBook
 from llm_guard_mw.reservation import Plan
 from llm_guard_mw.stores.journal import encode_event
@@ -28,16 +31,14 @@ from llm_guard_mw.stores.protocol import LATE_SETTLE_MS, Moved, Settlement
 Ending = Literal["complete", "cut", "error", "not_sent"]
 
 
-@dataclass(frozen=True, slots=True)
-class Closing:
+class Closing(msgspec.Struct, frozen=True, gc=False):
     """A settlement for the store, and the event it records."""
 
     settlement: Settlement
     event: UsageEvent
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
+class _Verdict(msgspec.Struct, frozen=True, gc=False):
     basis: Basis
     usage: Usage | None
     cost: Cost

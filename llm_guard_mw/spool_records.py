@@ -14,12 +14,13 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
+from msgspec.structs import replace
 
-from llm_guard_mw.model import Basis, EntryKind, Kind, Line, Unit, amended
+from llm_guard_mw.model import Basis, EntryKind, Kind, Line, Unit
 from llm_guard_mw.stores.journal import encode_event, read_event
 from llm_guard_mw.stores.protocol import Granted, Moved, Replay, Reserve, Settlement
 
@@ -235,7 +236,7 @@ def settlement_of(record: Ended, replay: Replay, now: int) -> Settlement:
 def settlement_of_abandoned(record: Begun, replay: Replay, now: int) -> Settlement:
     """The process died in the middle of it: the hold is booked, as of when it was made."""
     event = read_event(EntryKind.ABANDONED, record.at, bytes(record.draft), offer=record.offer, cap=record.cap)
-    payload = encode_event(amended(event, kind=EntryKind.SETTLE, basis=Basis.ABANDONED))
+    payload = encode_event(replace(event, kind=EntryKind.SETTLE, basis=Basis.ABANDONED))
     moved = _moved(record.moved, now)
     return Settlement(
         record.exchange, record.call, EntryKind.SETTLE, record.at, moved, payload, fresh=True, replay=replay
