@@ -219,7 +219,7 @@ class _Engine:
 
     def _start_anew(self) -> None:
         self.pool = Pool(self.address)
-        self.breaker = Breaker(self.address.name)
+        self.breaker = Breaker(self.address.name, self.pool.look)
         self.looked_over = False
         self.loops: dict[int, _OfLoop] = {}
         self.posted: set[asyncio.Task[None]] = set()
@@ -471,6 +471,7 @@ class _Engine:
                 thread.join()
                 if not self.queue.empty():  # handed in behind the closing: a new thread takes it
                     self._start_thread()
+        self.breaker.close()
         self.pool.clear()
         loops, self.loops = self.loops, {}
         for own in loops.values():
