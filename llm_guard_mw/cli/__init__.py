@@ -7,6 +7,7 @@ Rule 3. `events`, `report` and `verify` drain the journal first, and run beside 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -276,6 +277,7 @@ def _opened(path: Path) -> Iterator[tuple[Ledger, Store]]:
     from llm_guard_mw.config import load_config
     from llm_guard_mw.errors import ConfigError, GuardError
     from llm_guard_mw.ledger import Ledger
+    from llm_guard_mw.spool import Spool, spool_folder
     from llm_guard_mw.stores import open_store
 
     _configure_logs()
@@ -283,9 +285,12 @@ def _opened(path: Path) -> Iterator[tuple[Ledger, Store]]:
         loaded = load_config(path)
         ledger = Ledger(loaded.ledger, timezone=loaded.policy.timezone)
         store = open_store(loaded.store, journal_max=loaded.policy.journal_max)
+        spool = Spool(spool_folder(loaded.store, loaded.ledger, loaded.source, os.environ), store)
         try:
+            spool.replay()  # of processes that are gone
             yield ledger, store
         finally:
+            spool.close()
             ledger.close()
             store.close()
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 from llm_guard_mw import process
 from llm_guard_mw.desk import Desk
 from llm_guard_mw.errors import StoreUnavailable
+from llm_guard_mw.stores import sqlite
 from tests.doors.harness import (
     API_KEY,
     CANARY,
@@ -349,3 +351,57 @@ def test_under_deny_each_call_is_a_503(opened: Open, redis: servers.Server) -> N
 
     assert [(reply.status, reply.headers["retry-after"]) for reply in replies] == [(503, "1")] * 3
     assert spool_of(door) == []
+
+
+# ---------------------------------------------------------------- SQLite
+
+
+@pytest.fixture
+def on_sqlite(door: Open, tmp_path: Path) -> Open:
+    """A door on a SQLite store of its own, with the books beside it."""
+
+    def open_door(**rest: Any) -> Door:
+        where = f"sqlite:///{tmp_path / 'store.db'}"
+        return door({"/api/chat": [Ask()]}, store=where, on_store_failure="allow", **rest)
+
+    return open_door
+
+
+def test_a_locked_file_lets_calls_pass_and_books_them_later(
+    on_sqlite: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = on_sqlite(limits=["$1/day per user", "2 requests/day per user"])
+    door.installed.desk.store.now()
+    other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with monkeypatch.context() as impatience:
+        impatience.setattr(sqlite, "LOCK_WAIT_SECONDS", 0.05)
+
+        replies = [door.request() for _ in range(3)]
+    other.execute("ROLLBACK")
+    other.close()
+    replayed(door)
+
+    assert [reply.status for reply in replies] == [200, 200, 429]
+    assert len(door.settled()) == 2
+    assert spent(door.installed.desk, ":requests:") == 2
+
+
+def test_a_full_disk_lets_calls_pass_as_long_as_the_spool_lies_on_another(on_sqlite: Open) -> None:
+    door = on_sqlite(limits=["$1/day per user"])
+    door.request()
+    engine = door.installed.desk.store.engine  # type: ignore[attr-defined] # of a SQLiteStore
+
+    def limit(pages: int) -> Callable[..., Any]:
+        return lambda db, _now: db.execute(f"PRAGMA max_page_count = {pages}").fetchone()
+
+    engine.run(limit(1))  # no page more than there are
+    replies = [door.request() for _ in range(30)]
+    alone = [reply for reply in replies if reply.status == 200]
+    waiting = spool_of(door)
+    engine.run(limit(0x3FFFFFFF))
+    replayed(door)
+
+    assert len(alone) == 30
+    assert waiting, "the disk was never full"
+    assert len(door.settled()) == 31
