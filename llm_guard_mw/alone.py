@@ -64,6 +64,10 @@ class Alone:
             )
         )
 
+    def note_refusal(self, entry_id: str, payload: bytes) -> bool:
+        """Keep the entry of a refusal that the store did not take; False if there is no room for it."""
+        return self.spool.note(records.Refused(entry_id, records.raw(payload)))
+
     def drop(self, exchange: str) -> None:
         """Another exchange stands in its place: nothing of this one is booked."""
         self.cap.forget(exchange, self.spool.store.clock())

@@ -335,13 +335,14 @@ class Desk:
 
     def without_store(self, wish: Plan, error: StoreUnavailable) -> Exchange | Refusal | Unguarded:
         """The store did not answer: the call is stopped, or guarded by this process alone. The rules say which."""
-        call, alone = wish.call, wish
+        call, alone, passes = wish.call, wish, self.lets_pass(wish.call.route)
         if error.asked:  # it may have granted it all the same, under this id: that is given back, and not used
-            alone = self._plan(call, wish.claim, takes=wish.wish.takes)
-            alone = replace(alone, wish=replace(alone.wish, force=wish.wish.force))
+            if passes:
+                alone = self._plan(call, wish.claim, takes=wish.wish.takes)
+                alone = replace(alone, wish=replace(alone.wish, force=wish.wish.force))
             _note_joined(wish)
             self.keep_for_later(settlement.undo(wish.wish.exchange, call, wish.draft), error)
-        if not self.lets_pass(call.route):
+        if not passes:
             raise error
         call.alone = True
         try:
@@ -679,7 +680,13 @@ class Desk:
             decision="reject",
             count=count,
         )
-        self.store.append_soon(f"{call.id}/{number}/refused", encode_event(event), _log_lost)
+        entry_id, payload = f"{call.id}/{number}/refused", encode_event(event)
+
+        def done(error: BaseException | None) -> None:
+            if error is not None and not self.alone.note_refusal(entry_id, payload):
+                log.warning("refusal_not_recorded", reason=str(error))
+
+        self.store.append_soon(entry_id, payload, done)
 
 
 @dataclass(slots=True)
@@ -699,11 +706,6 @@ class _RefusalCount:
 
     def is_busy(self, now: float) -> bool:
         return int(now) - self.second <= 1
-
-
-def _log_lost(error: BaseException | None) -> None:
-    if error is not None:
-        log.warning("refusal_not_recorded", reason=str(error))
 
 
 def _note_joined(wish: Plan) -> None:

@@ -38,7 +38,7 @@ import msgspec
 from llm_guard_mw import spool_records as records
 from llm_guard_mw.errors import GuardError, StoreUnavailable
 from llm_guard_mw.logs import log
-from llm_guard_mw.spool_records import Begun, Damage, Dropped, Ended, Frame, Header, Record
+from llm_guard_mw.spool_records import Begun, Damage, Dropped, Ended, Frame, Header, Record, Refused
 from llm_guard_mw.stores.protocol import ProcessStore, Replay, Settled, Settlement
 
 #: Where the spool lies, if not beside the store or the configuration.
@@ -105,6 +105,17 @@ class Spool:
             own.open.discard(record.exchange)
             own.unwritten.append(record)
             own.write_what_waits()
+
+    def note(self, record: Refused) -> bool:
+        """Write down what may be left out: only behind what has to be here, and while there is plenty of room."""
+        with self._lock:
+            own = self._own
+            if own is None or own.unwritten or own.size > self.bytes_max // 2:
+                return False
+            with suppress(OSError):
+                own.append(record)
+                return True
+        return False
 
     def _make(self) -> _Own:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -184,7 +195,12 @@ class Spool:
         for name in names:
             if name in ours or name in self._strange:
                 continue
-            reading = _adopted(self.folder / name)
+            try:
+                reading = _adopted(self.folder / name)
+            except OSError as error:
+                self._strange.add(name)
+                log.warning("spool_unreadable", spool=name, reason=str(error))
+                continue
             if reading is None:
                 continue
             if name.startswith(f"{self.digest}-"):
@@ -311,6 +327,8 @@ class _Reading:
             self.begun[record.exchange] = record
         elif isinstance(record, Dropped):
             self.begun.pop(record.exchange, None)
+        elif isinstance(record, Refused):
+            store.append(record.id, bytes(record.event))  # a row that is there already is no second one in the books
         elif isinstance(record, Ended):
             self._settle(store, found.sequence, partial(records.settlement_of, record))
             self.begun.pop(record.exchange, None)
@@ -363,20 +381,25 @@ class _Reading:
 
 
 def _adopted(path: Path) -> _Reading | None:
-    """The file of a process that is gone; None if it lives, or if the file is not for us to read."""
+    """The file of a process that is gone; None if it lives. OSError if the file is not for us."""
     try:
         fd = os.open(path, _FLAGS)
-    except OSError:
+    except FileNotFoundError:  # somebody else has settled it
         return None
+    reading = None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         found = os.fstat(fd)
-        if found.st_nlink and found.st_uid == os.geteuid():
-            return _Reading(path, fd, path.stem.partition("-")[2])
-    except OSError:  # locked: its process lives
+        if found.st_uid != os.geteuid():
+            raise PermissionError(f"it belongs to the user {found.st_uid}")
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:
+            reading = _Reading(path, fd, path.stem.partition("-")[2])
+    except BlockingIOError:  # its process lives
         pass
-    os.close(fd)
-    return None
+    finally:
+        if reading is None:
+            os.close(fd)
+    return reading
 
 
 def _store_of(path: Path) -> str:

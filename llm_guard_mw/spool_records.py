@@ -161,10 +161,20 @@ class Dropped(msgspec.Struct, frozen=True, tag="dropped"):
     exchange: str
 
 
-Record = Header | Begun | Ended | Dropped
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """A call was refused: an entry that moves nothing."""
+
+    id: str
+    event: msgspec.Raw
+
+
+Record = Header | Begun | Ended | Dropped | Refused
 
 _encode = msgspec.json.Encoder().encode
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
+
+
+raw = msgspec.Raw
 
 
 def encode(record: Record) -> bytes:

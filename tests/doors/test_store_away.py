@@ -146,6 +146,8 @@ def test_past_its_amount_a_limit_refuses_as_ever_though_nobody_can_be_asked(
     assert int(refused.headers["retry-after"]) >= 1
     assert "ratelimit-policy" in refused.headers
     assert other.status == 200
+    door.installed.desk.flush_refusals()
+    assert sum(row["count"] for row in door.events("refused")) == len(replies) - len(granted)
 
 
 def test_a_call_past_the_concurrency_of_its_process_is_refused(opened: Open, redis: servers.Server) -> None:
