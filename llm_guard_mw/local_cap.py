@@ -27,7 +27,7 @@ from llm_guard_mw.stores.protocol import Granted, Moved, Refused, Reserve, Stand
 if TYPE_CHECKING:
     from limits.storage import MemoryStorage
 
-#: Balances that one process counts. `limits` looks through all of them now and then, and each takes 0.5 kB.
+#: Balances that one process counts. `limits` looks through all of them now and then, and each takes 0.3 kB.
 BALANCES_MAX = 10_000
 
 #: A counter may be dropped so long after its window: then nobody touches it any more.
