@@ -144,6 +144,7 @@ class Call:
     started: float = field(default_factory=time.monotonic)
     door: Exchange | None = None  # exchange 0, until it is taken or closed
     claimed: set[str] = field(default_factory=set)  # balances of requests and concurrency: once a call
+    joined: bool = False  # it may have a place in a concurrency balance, which has to be left
     standings: dict[str, tuple[Limit, Standing]] = field(default_factory=dict)  # the latest seen, by limit slug
     captures: int = 0  # how often a capture asked, granted or refused
     refusal: Refusal | None = None  # the latest one a capture got

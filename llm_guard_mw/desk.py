@@ -344,7 +344,7 @@ class Desk:
             self.keep_for_later(settlement.undo(wish.wish.exchange, call, wish.draft), error)
         if not passes:
             raise error
-        call.alone = True
+        call.alone, joined = True, call.joined
         try:
             answer = self.read(alone, self.alone.reserve(alone.wish, error))
         except StoreUnavailable as full:
@@ -352,6 +352,7 @@ class Desk:
                 raise
             log.warning("unguarded", reason=str(full), call_id=call.id)
             return Unguarded()
+        call.joined = joined  # what it has joined here, the store knows nothing of
         if isinstance(answer, Exchange):
             answer.alone = True
             if answer.granted.took:
@@ -493,7 +494,7 @@ class Desk:
         if call.detached and not call.closed:
             call.closed = True
             self.calls.pop(call.id, None)
-            if call.claimed:
+            if call.joined:
                 self.store.close_call_soon(call.id, lambda _error: None)
             self._leave_alone(call)
             log_call(call, None)
@@ -710,8 +711,7 @@ class _RefusalCount:
 
 def _note_joined(wish: Plan) -> None:
     """Nobody heard what became of it: whoever closes the call frees what it may have joined."""
-    demands = wish.wish.offers[0].demands
-    wish.call.claimed.update(demand.balance for demand in demands if demand.kind is Kind.CONCURRENT)
+    wish.call.joined |= any(demand.kind is Kind.CONCURRENT for demand in wish.wish.offers[0].demands)
 
 
 def _feature(call: Call) -> str | None:

@@ -362,21 +362,26 @@ def ratelimit_headers(quotas: Iterable[Quota]) -> Headers:
     """
     policies, states = [], []
     for name, unit, quota, window_seconds, remaining, reset_seconds in quotas:
-        item = _structured_string(name)
-        policy = f"{item};q={_structured_integer(unit, quota)}{_UNIT_PARAMETERS[unit]}"
-        if window_seconds is not None and window_seconds > 0:
-            policy += f";w={window_seconds}"
-        state = f"{item};r={_structured_integer(unit, remaining)}"
+        state = f"{_structured_string(name)};r={_structured_integer(unit, remaining)}"
         if reset_seconds is not None:
             state += f";t={max(0, -int(-reset_seconds // 1))}"
-        policies.append(policy)
+        policies.append((name, unit, quota, window_seconds))
         states.append(state)
     if not policies:
         return ()
     return (
-        (b"ratelimit-policy", ", ".join(policies).encode("ascii")),
+        (b"ratelimit-policy", _policies(tuple(policies))),
         (b"ratelimit", ", ".join(states).encode("ascii")),
     )
+
+
+@lru_cache(maxsize=1024)  # the limits of a route: the same at every response
+def _policies(policies: tuple[tuple[str, Unit, int, int | None], ...]) -> bytes:
+    told = []
+    for name, unit, quota, window_seconds in policies:
+        policy = f"{_structured_string(name)};q={_structured_integer(unit, quota)}{_UNIT_PARAMETERS[unit]}"
+        told.append(f"{policy};w={window_seconds}" if window_seconds else policy)
+    return ", ".join(told).encode("ascii")
 
 
 _UNIT_PARAMETERS = {

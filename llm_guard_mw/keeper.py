@@ -150,7 +150,7 @@ class Keeper:
     def _renew(self) -> None:
         desk = self.desk
         exchanges = [name for name, exchange in list(desk.open.items()) if not exchange.alone]
-        calls = [call.id for call in list(desk.calls.values()) if call.claimed]
+        calls = [call.id for call in list(desk.calls.values()) if call.joined]
         if not exchanges and not calls:
             return
         renewed = desk.store.renew(exchanges, calls, desk.policy.lease_seconds * 1000)

@@ -318,8 +318,11 @@ def _granted(plan: Plan, granted: Granted) -> Exchange:
     offer = plan.wish.offers[granted.offer]
     with call.lock:
         for limit, demand in zip(plan.limits, offer.demands, strict=True):
-            if limit.unit in (Unit.REQUESTS, Unit.CONCURRENT):
+            if limit.unit is Unit.REQUESTS:
                 call.claimed.add(demand.balance)
+            elif limit.unit is Unit.CONCURRENT:
+                call.claimed.add(demand.balance)
+                call.joined = True
         if granted.took:
             call.door = None
     if granted.short:

@@ -211,7 +211,13 @@ def _closing(
         at=time.time_ns() // 1000,
         tags=dict(exchange.call.tags.free),
         model=usage.model or exchange.draft.model,
-        **_tokens_of(usage),
+        input_tokens=usage.input_tokens,
+        cached_input_tokens=usage.cached_input_tokens,
+        cache_write_tokens=usage.cache_write_tokens,
+        output_tokens=usage.output_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        audio_input_tokens=usage.audio_input_tokens,
+        audio_output_tokens=usage.audio_output_tokens,
         cost_nanos=verdict.cost.nanos,
         price_version=verdict.cost.price_version,
         basis=verdict.basis,
@@ -226,10 +232,8 @@ def _closing(
         decision=exchange.decision,
         degraded=exchange.degraded,
     )
-    moved = tuple(
-        Moved(line, _actual(line, verdict, usage, exchange, released=kind is EntryKind.RELEASE))
-        for line in exchange.granted.lines
-    )
+    released = kind is EntryKind.RELEASE
+    moved = tuple([Moved(line, _actual(line, verdict, usage, exchange, released)) for line in exchange.granted.lines])
     payload = encode_event(event, held_nanos=held_nanos(exchange), held_credits=exchange.credits)
     settlement = Settlement(exchange.id, exchange.call.id, kind, exchange.lease_end, moved, payload)
     return Closing(settlement, event)
@@ -248,7 +252,7 @@ def _tokens_of(usage: Usage) -> dict[str, int | None]:
     }
 
 
-def _actual(line: Line, verdict: _Verdict, usage: Usage, exchange: Exchange, *, released: bool) -> int:
+def _actual(line: Line, verdict: _Verdict, usage: Usage, exchange: Exchange, released: bool) -> int:
     """What really went, in the line's unit. Requests stay spent; what nobody said is booked as held."""
     if line.spent:
         return line.amount
