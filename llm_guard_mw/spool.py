@@ -38,7 +38,7 @@ import msgspec
 from llm_guard_mw import spool_records as records
 from llm_guard_mw.errors import GuardError, StoreUnavailable
 from llm_guard_mw.logs import log
-from llm_guard_mw.spool_records import Begun, Damage, Dropped, Ended, Frame, Header, Record, Refused
+from llm_guard_mw.spool_records import Begun, Damage, Dropped, Ended, Frame, Header, Refused
 from llm_guard_mw.stores.protocol import ProcessStore, Replay, Settled, Settlement
 
 #: Where the spool lies, if not beside the store or the configuration.
@@ -86,12 +86,15 @@ class Spool:
 
     def begin(self, record: Begun) -> None:
         """Write down what is granted. StoreUnavailable when there is no room, or no way to write."""
+        body = records.encode(record)
+        if len(body) > records.BODY_BYTES_MAX:
+            raise StoreUnavailable("the store is away, and the call's tags are too long to be written down")
         with self._lock:
             try:
                 own = self._own or self._make()
                 if own.size + len(own.open) * _ENDING_BYTES > self.bytes_max or own.unwritten:
                     raise StoreUnavailable("the store is away, and the spool is full: what is used could not be booked")
-                own.append(record)
+                own.append(body)
             except OSError as error:
                 unavailable = StoreUnavailable(f"the store is away, and the spool cannot be written: {error.strerror}")
                 raise unavailable from error
@@ -100,10 +103,14 @@ class Spool:
 
     def end(self, record: Ended | Dropped) -> None:
         """Write down how an exchange ended. What the disk does not take now waits, and is tried again by `sync`."""
+        body = records.encode(record)
         with self._lock:
             own = self._own or self._make()
             own.open.discard(record.exchange)
-            own.unwritten.append(record)
+            if len(body) > records.BODY_BYTES_MAX:  # tags that were added since it began: it is booked as held
+                log.error("spool_record_too_long", spool=own.reading.path.name, exchange=record.exchange)
+                return
+            own.unwritten.append(body)
             own.write_what_waits()
 
     def note(self, record: Refused) -> bool:
@@ -113,7 +120,7 @@ class Spool:
             if own is None or own.unwritten or own.size > self.bytes_max // 2:
                 return False
             with suppress(OSError):
-                own.append(record)
+                own.append(records.encode(record))
                 return True
         return False
 
@@ -125,7 +132,7 @@ class Spool:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             own = _Own(_Reading(path, fd, source))
-            own.append(Header(records.VERSION, source, self.store.name))
+            own.append(records.encode(Header(records.VERSION, source, self.store.name)))
         except OSError:
             os.close(fd)
             with suppress(OSError):
@@ -252,11 +259,11 @@ class _Own:
     size: int = 0
     sequence: int = -1
     open: set[str] = field(default_factory=set)  # exchanges that have begun in it and not ended
-    unwritten: deque[Ended | Dropped] = field(default_factory=deque)
+    unwritten: deque[bytes] = field(default_factory=deque)
     dirty: bool = False
 
-    def append(self, record: Record) -> None:
-        data = records.frame(self.sequence + 1, records.encode(record))
+    def append(self, body: bytes) -> None:
+        data = records.frame(self.sequence + 1, body)
         fd = self.reading.fd
         try:
             if os.write(fd, data) != len(data):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llm_guard_mw import spool_records
 from llm_guard_mw.errors import StoreUnavailable
 from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Unit
 from llm_guard_mw.spool import Spool, spool_folder
@@ -336,6 +337,23 @@ def test_a_full_disk_takes_no_new_exchange_and_loses_no_old_one(
     spool.replay()
     assert journal(store) == ["a/1/settle"]
     assert told("spool_damaged") == told("spool_torn") == []
+
+
+def test_a_record_too_long_is_refused_before_the_grant_and_booked_as_held_after_it(
+    make_spool: MakeSpool, store: SQLiteStore, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = make_spool()
+    spool.begin(begins("a/1"))
+    monkeypatch.setattr(spool_records, "BODY_BYTES_MAX", 100)
+
+    with pytest.raises(StoreUnavailable, match="too long"):
+        spool.begin(begins("b/1"))
+    spool.end(ends("a/1"))
+    monkeypatch.undo()
+    spool.replay()
+
+    assert told("spool_record_too_long")
+    assert spent(store) == HELD
 
 
 # ---------------------------------------------------------------- where it lies
