@@ -4,6 +4,7 @@
     sweep     book the holds whose owners are gone, every half lease
     drain     move journal entries into the ledger, within a second when there is room; left to a worker that lives
     retry     settlements that the store did not take
+    replay    what was granted while the store was away, by this process or by one that is gone
     prune     what has had its time, in store and ledger, now and then; likewise
 
 Under load the drain yields: it takes what the requests leave of the interpreter (`duties.Room`). The ledger (and with
@@ -17,13 +18,15 @@ import time
 
 from llm_guard_mw.desk import Desk
 from llm_guard_mw.duties import PRUNE_SECONDS, Duty, Patience, Room, prune, sweep
-from llm_guard_mw.errors import GuardError
+from llm_guard_mw.errors import GuardError, StoreUnavailable
 from llm_guard_mw.estimate import load_vocabularies
 from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.logs import log
 from llm_guard_mw.stores.protocol import Settled
 
 TICK_SECONDS = 0.25
+#: A long spool must not keep leases from being renewed: the rest of it is for the next turn.
+REPLAY_TURN_SECONDS = 1.0
 #: Small, since the ledger may share the store's file: 100 entries lock it for some milliseconds.
 DRAIN_BATCH = 100
 DRAIN_TURN_SECONDS = 1.0
@@ -44,6 +47,8 @@ class Keeper:
         lease = desk.policy.lease_seconds
         self.duties = [
             Duty("retry", TICK_SECONDS, self._retry),
+            Duty("replay", TICK_SECONDS, self._replay),
+            Duty("spool", 1.0, desk.spool.sync),
             Duty("renew", lease / 3, self._renew),
             Duty("sweep", lease / 2, self._sweep),
             Duty("refusals", 1.0, desk.flush_refusals),
@@ -103,7 +108,7 @@ class Keeper:
                 if now >= duty.due:
                     self._do(duty)
         for duty in self.duties:
-            if duty.name in ("retry", "refusals", "drain"):
+            if duty.name in ("retry", "replay", "refusals", "drain"):
                 self._do(duty)
 
     def _warm_up(self) -> None:
@@ -123,7 +128,8 @@ class Keeper:
 
     def _renew(self) -> None:
         desk = self.desk
-        exchanges, calls = list(desk.open), [call.id for call in list(desk.calls.values()) if call.joined]
+        exchanges = [name for name, exchange in list(desk.open.items()) if not exchange.alone]
+        calls = [call.id for call in list(desk.calls.values()) if call.joined]
         if not exchanges and not calls:
             return
         renewed = desk.store.renew(exchanges, calls, desk.policy.lease_seconds * 1000)
@@ -153,6 +159,17 @@ class Keeper:
                 raise
             if outcome is Settled.TOO_LATE:
                 log.error("settle_too_late", call_id=closing.event.call_id, attempt=closing.event.attempt)
+
+    def _replay(self) -> None:
+        desk = self.desk
+        if not desk.spool.is_waiting():
+            return
+        # What is settled is entered: like a reserve, this waits while the ledger does not take enough of it.
+        try:
+            if desk.store.journal_length() < desk.policy.journal_max * 9 // 10:
+                desk.alone.replay(REPLAY_TURN_SECONDS)
+        except StoreUnavailable:  # it was told when this process began to guard alone
+            return
 
     def _drain(self) -> None:
         store, journal_max = self.desk.store, self.desk.policy.journal_max

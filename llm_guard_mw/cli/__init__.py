@@ -7,6 +7,7 @@ Rule 3. `events`, `report` and `verify` drain the journal first, and run beside 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -310,6 +311,7 @@ def _put_together(path: Path, log_level: int | None = None) -> Iterator[tuple[Co
     from llm_guard_mw.config import load_config
     from llm_guard_mw.errors import ConfigError, GuardError
     from llm_guard_mw.ledger import Ledger
+    from llm_guard_mw.spool import Spool, spool_folder
     from llm_guard_mw.stores import open_store
 
     _configure_logs(log_level)
@@ -317,9 +319,12 @@ def _put_together(path: Path, log_level: int | None = None) -> Iterator[tuple[Co
         loaded = load_config(path)
         ledger = Ledger(loaded.ledger, timezone=loaded.policy.timezone)
         store = open_store(loaded.store, journal_max=loaded.policy.journal_max)
+        spool = Spool(spool_folder(loaded.store, loaded.ledger, loaded.source, os.environ), store)
         try:
+            spool.replay()  # of processes that are gone
             yield loaded, ledger, store
         finally:
+            spool.close()
             ledger.close()
             store.close()
     except ConfigError as error:

@@ -8,6 +8,8 @@ Rule 2. Every hold ends once: settled, released, taken over, or expired. Each en
         leaves a tombstone, so that a repeated message is known and changes nothing.
         A caller that did not hear of an ending may ask again only while the tombstone stands.
 Rule 3. What moves money also appends the journal entry that says so, in the same step.
+Rule 4. A settlement out of a spool names its place there. The store keeps how far each spool has been replayed, and
+        moves that mark in the step that settles: however often and however late it is sent again, it counts once.
 
 Every operation is idempotent by exchange id, so a caller that lost the reply may ask again.
 """
@@ -63,12 +65,19 @@ class Moved(msgspec.Struct, frozen=True, gc=False):
     actual: int
 
 
+class Replay(msgspec.Struct, frozen=True, gc=False):
+    """A place in a spool: each one there is, in order, is settled or passed over once. Positions begin at 1."""
+
+    source: str
+    position: int
+
+
 class Settlement(msgspec.Struct, frozen=True, gc=False):
     """The end of an exchange. `kind` is SETTLE or RELEASE; the store may make it a CORRECTION or an ORPHAN.
 
     `payload` is what the journal keeps: `journal.encode_event`. `fresh` books what never had a hold (usage
     that was only heard of after the fact). A RELEASE without `moved` gives back whatever is held, if anything
-    is: for a caller that went away before it learnt what was granted.
+    is: for a caller that went away before it learnt what was granted. (A `fresh` one has nothing to give back.)
     """
 
     exchange: str
@@ -78,6 +87,7 @@ class Settlement(msgspec.Struct, frozen=True, gc=False):
     moved: tuple[Moved, ...]
     payload: bytes
     fresh: bool = False
+    replay: Replay | None = None
 
 
 # ---------------------------------------------------------------- what comes out
@@ -194,6 +204,12 @@ class Store(Protocol):
 
     def settle(self, settlement: Settlement) -> Settled: ...
 
+    def replayed(self, source: str) -> int:
+        """Up to which position the spool `source` has been settled here; 0: nothing of it."""
+
+    def end_replay(self, source: str) -> None:
+        """The spool is gone, and will never be asked about again."""
+
     def renew(self, exchanges: Sequence[str], calls: Sequence[str], lease_ms: int) -> Renewed:
         """Prolong the leases of open holds and of open calls."""
 
@@ -274,6 +290,10 @@ class ProcessStore(Store, Protocol):
 
     `done` is told the outcome, None or the error, on a thread of the store or on the loop it was called from.
     """
+
+    @property
+    def name(self) -> str:
+        """Which account this is, the same for all processes that share it; without credentials."""
 
     def clock(self) -> int:
         """The store's clock in ms, as far as it is known here. Never blocks."""

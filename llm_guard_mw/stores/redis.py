@@ -86,6 +86,10 @@ class RedisStore:
         self.steps = Steps(Keys(address.prefix or prefix), clock, journal_max)
         self.engine = _Engine(address, self.steps)
 
+    @property
+    def name(self) -> str:
+        return f"redis:{self.engine.address.name} {self.steps.keys.prefix}"
+
     def clock(self) -> int:
         """The store's clock as far as it is known here, in ms; asks nobody."""
         return self.steps.clock()
@@ -102,6 +106,12 @@ class RedisStore:
     def settle_soon(self, settlement: Settlement, done: Done) -> None:
         """Settle without waiting; `done` is told the outcome, on a thread of the store or on the caller's loop."""
         self.engine.post(self.steps.settle(settlement), done)
+
+    def replayed(self, source: str) -> int:
+        return self.engine.run(self.steps.replayed(source))
+
+    def end_replay(self, source: str) -> None:
+        self.engine.run(self.steps.end_replay(source))
 
     def renew(self, exchanges: Sequence[str], calls: Sequence[str], lease_ms: int) -> Renewed:
         return self.engine.run(self.steps.renew(exchanges, calls, lease_ms))
@@ -219,7 +229,7 @@ class _Engine:
 
     def _start_anew(self) -> None:
         self.pool = Pool(self.address)
-        self.breaker = Breaker(self.address.name)
+        self.breaker = Breaker(self.address.name, self.pool.look)
         self.looked_over = False
         self.loops: dict[int, _OfLoop] = {}
         self.posted: set[asyncio.Task[None]] = set()
@@ -290,6 +300,7 @@ class _Engine:
 
     def _exchange(self, commands: Sequence[Command]) -> list[Any]:
         self.breaker.check()
+        asked = False
         for again in (True, False):
             spoken = False
             try:
@@ -306,9 +317,10 @@ class _Engine:
                                 replies[n] = reply
                         raise_if_away(replies)
             except (*LINK_ERRORS, ConfigError) as error:
+                asked |= spoken
                 if not (again and spoken):
                     self.breaker.failed(error)
-                    raise unavailable(self.address.name, error) from error
+                    raise unavailable(self.address.name, error, asked=asked) from error
             else:
                 self.breaker.worked()
                 return replies
@@ -345,6 +357,7 @@ class _Engine:
 
     async def _aexchange(self, commands: Sequence[Command]) -> list[Any]:
         self.breaker.check()
+        asked = False
         for again in (True, False):
             link = None
             try:
@@ -360,9 +373,10 @@ class _Engine:
             except (*LINK_ERRORS, ConfigError) as error:
                 if link is not None:
                     link.drop(error)
+                asked |= link is not None
                 if not (again and link is not None):
                     self.breaker.failed(error)
-                    raise unavailable(self.address.name, error) from error
+                    raise unavailable(self.address.name, error, asked=asked) from error
             else:
                 self.breaker.worked()
                 return replies
@@ -508,6 +522,7 @@ class _Engine:
                 thread.join()
                 if not self.queue.empty():  # handed in behind the closing: a new thread takes it
                     self._start_thread()
+        self.breaker.close()
         self.pool.clear()
         loops, self.loops = self.loops, {}
         for own in loops.values():

@@ -12,9 +12,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple, cast
 
@@ -28,8 +27,8 @@ from llm_guard_mw.stores.redis_address import Address
 from llm_guard_mw.stores.redis_scripts import SCRIPTS
 from llm_guard_mw.stores.redis_steps import Command, Spoken
 
-#: How long Redis is left alone after it could not be reached.
-REST_SECONDS: Final = 1.0
+#: How often Redis is looked for while it cannot be reached.
+REST_SECONDS: Final = 0.5
 CLIENT_NAME: Final = "llm_guard"
 
 # ---------------------------------------------------------------- what may go wrong
@@ -82,36 +81,60 @@ def loading(commands: Sequence[Command], missing: Sequence[int]) -> list[Command
 
 
 class Breaker:
-    """Remembers that Redis is away, so that not every request waits to find out. One at a time looks again."""
+    """Remembers that Redis is away, so that no caller waits to find out: a thread of its own looks again meanwhile."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, look: Callable[[], None]) -> None:
         self.name = name
         self.error: Exception | None = None
-        self._rests_until = 0.0
+        self._look = look  # raises while Redis is away
+        self._lock = threading.Lock()
+        self._ended: threading.Event | None = None  # of the thread that looks, while there is one
 
     def check(self) -> None:
-        """Raise at once while Redis rests; let one caller through when it has rested."""
-        error = self.error
-        if error is None:
-            return
-        now = time.monotonic()
-        if now < self._rests_until:
-            raise unavailable(self.name, error)
-        self._rests_until = now + REST_SECONDS
+        """Raise at once while Redis is away."""
+        if self.error is not None:
+            raise unavailable(self.name, self.error)
 
     def failed(self, error: Exception) -> None:
-        self.error = error
-        self._rests_until = time.monotonic() + REST_SECONDS
+        with self._lock:
+            self.error = error
+            if self._ended is None:
+                self._ended = threading.Event()
+                threading.Thread(
+                    target=self._look_again, args=(self._ended,), name="llm-guard-breaker", daemon=True
+                ).start()
 
     def worked(self) -> None:
         self.error = None
 
+    def close(self) -> None:
+        """Look no more; and whoever comes next may find out for himself."""
+        with self._lock:
+            if self._ended is not None:
+                self._ended.set()
+            self._ended = self.error = None
 
-def unavailable(name: str, error: Exception) -> Exception:
+    def _look_again(self, ended: threading.Event) -> None:
+        while not ended.wait(REST_SECONDS):
+            try:
+                if self.error is not None:
+                    self._look()
+            except Exception as error:
+                with self._lock:
+                    if self._ended is ended and self.error is not None:
+                        self.error = error
+                continue
+            with self._lock:
+                if self._ended is ended:
+                    self._ended = self.error = None
+            return
+
+
+def unavailable(name: str, error: Exception, *, asked: bool = False) -> Exception:
     """What the callers of a store are told: each gets an error of its own, or tracebacks would pile up on one."""
     if isinstance(error, ConfigError):
         return ConfigError(error.mistakes)
-    told = StoreUnavailable(f"store {name}: {type(error).__name__}: {error}")
+    told = StoreUnavailable(f"store {name}: {type(error).__name__}: {error}", asked=asked)
     told.__cause__ = error
     return told
 
@@ -172,6 +195,14 @@ class Pool:
             self._idle.append(connection)
         finally:
             self._places.release()
+
+    def look(self) -> None:
+        """Raise unless somebody answers who can serve. The connection is none of the pool's, nor counted by it."""
+        connection = self._open()
+        try:
+            raise_if_away(speak(connection, [("PING",)]))
+        finally:
+            connection.disconnect()
 
     def _take(self) -> Connection | None:
         try:

@@ -30,6 +30,7 @@ from llm_guard_mw.stores.protocol import (
     Moved,
     Refused,
     Renewed,
+    Replay,
     Reserve,
     Settled,
     Settlement,
@@ -219,7 +220,7 @@ class Steps:
 
     def settle(self, settlement: Settlement) -> Talk[Settled]:
         moved, learnt = settlement.moved, False
-        if settlement.kind is EntryKind.RELEASE and not moved:
+        if settlement.kind is EntryKind.RELEASE and not moved and not settlement.fresh:
             (kept,) = yield [("GET", self.keys.exchange(settlement.exchange))]
             if not _is_hold(kept):
                 return Settled.AGAIN
@@ -228,13 +229,15 @@ class Steps:
         (outcome,) = yield [self._settle(settlement, moved, learnt)]
         return _SETTLED[outcome]
 
-    def _settle(self, settlement: Settlement, moved: Sequence[Moved], learnt: bool) -> Spoken:
+    def _settle(self, settlement: Settlement, moved: Sequence[Moved], learnt: bool) -> Command | Spoken:
         lines = [each.line for each in moved]
         said = [settlement.exchange, settlement.kind, settlement.lease_end, settlement.fresh, learnt, ""]
         for each in moved:
             line = each.line
             said += (line.window_start, line.amount, each.actual)
         exchange = b"%bx:%b" % (self._base, settlement.exchange.encode())
+        if settlement.replay is not None:
+            return self._replay(exchange, lines, said, settlement.payload, settlement.replay)
         return self._close(exchange, lines, said, settlement.payload)
 
     def _close(self, exchange: bytes, lines: Sequence[Line], said: list[Any], payload: bytes) -> Spoken:
@@ -251,22 +254,39 @@ class Steps:
         return Spoken(words, SETTLE.sha)
 
     def _lay_out_settle(self, lines: Sequence[Line]) -> _Layout:
+        keys, layout = self._settled_places(lines)
+        return _Layout.of(SETTLE, own_keys=1, keys=keys, arguments=(layout,), lines=_said_of(lines))
+
+    def _settled_places(self, lines: Sequence[Line]) -> tuple[Sequence[str], bytes]:
+        """The keys of a settlement behind that of its exchange, and where in them the script finds its balances."""
         keys = self.keys
         subjects, said, numbers = _by_subject(keys, (line.balance for line in lines), _SETTLE_KEYS)
         said.append(len(lines))
         for line in lines:
             said += (numbers[line.balance], line.kind, line.spent)
-        return _Layout.of(
-            SETTLE,
-            own_keys=1,
-            keys=(keys.due, keys.journal, keys.subjects, *subjects),
-            arguments=(_flat(said),),
-            lines=[each for line in lines for each in (line.balance, line.kind, line.unit, line.spent)],
+        return (keys.due, keys.journal, keys.subjects, *subjects), _flat(said)
+
+    def _replay(
+        self, exchange: bytes, lines: Sequence[Line], said: list[Any], payload: bytes, replay: Replay
+    ) -> Command:
+        """The same words and a mark behind them. They are said once in a while, so nothing of them is remembered."""
+        keys, layout = self._settled_places(lines)
+        numbers, of_lines = _flat(said), _encode(_said_of(lines))
+        return (
+            *("EVALSHA", SETTLE.sha, len(keys) + 2, exchange, *keys, self.keys.replayed),
+            *(layout, self._now(), numbers, of_lines, payload, replay.source, replay.position),
         )
 
     def append(self, entry_id: str, payload: bytes) -> Talk[None]:
         refusal = self.keys.refusal(entry_id).encode()
         yield [self._close(refusal, (), ["", EntryKind.REFUSED, 0, True, False, entry_id], payload)]
+
+    def replayed(self, source: str) -> Talk[int]:
+        (position,) = yield [("HGET", self.keys.replayed, source)]
+        return int(position or 0)
+
+    def end_replay(self, source: str) -> Talk[None]:
+        yield [("HDEL", self.keys.replayed, source)]
 
     # ------------------------------------------------------------ leases, calls, scope values
 
@@ -429,7 +449,7 @@ class Steps:
 
     def take_journal(self, consumer: str, count: int, idle_ms: int) -> Talk[Entries]:
         journal = self.keys.journal
-        taking = _Message(self.keys, journal).script(TAKE, _GROUP, consumer, count, idle_ms, _CONSUMER_FORGOTTEN_MS)
+        taking = _Message(journal).script(TAKE, _GROUP, consumer, count, idle_ms, _CONSUMER_FORGOTTEN_MS)
         while True:
             (where,) = yield [taking]
             if not where:
@@ -512,6 +532,11 @@ class _Layout(NamedTuple):
         words = 3 + keys_in_all + len(arguments) + _OWN_ARGUMENTS
         head = b"*%d\r\n" % words + _bulks(b"EVALSHA", script.sha.encode(), b"%d" % keys_in_all)
         return cls(head, _bulks(*map(str.encode, keys), *arguments), _bulks(_encode(lines)))
+
+
+def _said_of(lines: Sequence[Line]) -> list[Any]:
+    """What hold and journal keep of lines besides their numbers."""
+    return [each for line in lines for each in (line.balance, line.kind, line.unit, line.spent)]
 
 
 def _bulks(*words: bytes) -> bytes:

@@ -77,6 +77,10 @@ class SQLiteStore:
     ) -> None:
         self.engine = _Engine(os.fspath(path), clock or wall_clock_ms, journal_max)
 
+    @property
+    def name(self) -> str:
+        return f"sqlite:{Path(self.engine.path).resolve()}"
+
     def clock(self) -> int:
         """The store's clock, in ms; asks nobody."""
         return self.engine.clock()
@@ -93,6 +97,12 @@ class SQLiteStore:
     def settle_soon(self, settlement: Settlement, done: Callable[[BaseException | None], None]) -> None:
         """Settle without waiting; `done` is told the outcome, on any thread."""
         self.engine.post(steps.settle, (settlement,), done)
+
+    def replayed(self, source: str) -> int:
+        return self.engine.run(steps.replayed, source)
+
+    def end_replay(self, source: str) -> None:
+        return self.engine.run(steps.end_replay, source)
 
     def renew(self, exchanges: Sequence[str], calls: Sequence[str], lease_ms: int) -> Renewed:
         return self.engine.run(steps.renew, exchanges, calls, lease_ms)

@@ -371,7 +371,31 @@ def _granted_before(
 
 
 def settle(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled:
-    """Close an exchange, once, whatever has become of its hold."""
+    """Close an exchange, once, whatever has become of its hold; a replayed one moves its mark in the same step."""
+    replay = settlement.replay
+    if replay is None:
+        return _settle(db, now, settlement)
+    if replayed(db, now, replay.source) >= replay.position:
+        return Settled.AGAIN
+    outcome = _settle(db, now, settlement)
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_mark(replay.source), str(replay.position)))
+    return outcome
+
+
+def replayed(db: sqlite3.Connection, now: int, source: str) -> int:
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (_mark(source),)).fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def end_replay(db: sqlite3.Connection, now: int, source: str) -> None:
+    db.execute("DELETE FROM meta WHERE key = ?", (_mark(source),))
+
+
+def _mark(source: str) -> str:
+    return f"replayed:{source}"
+
+
+def _settle(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled:
     tombstone = _tombstone(db, settlement.exchange)
     if tombstone is not None:
         return _settle_abandoned(db, now, settlement) if tombstone == EntryKind.ABANDONED else Settled.AGAIN
@@ -383,13 +407,13 @@ def settle(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled:
         _end_hold(db, now, settlement.exchange, settlement.kind, TOMBSTONE_MS)
         _enter(db, now, settlement.exchange, settlement.kind, _actual(moves), settlement.payload)
         return Settled.DONE
-    if settlement.kind is EntryKind.RELEASE and not settlement.moved:
+    if settlement.kind is EntryKind.RELEASE and not settlement.moved and not settlement.fresh:
         return Settled.AGAIN
     if not settlement.fresh and now > settlement.lease_end + LATE_SETTLE_MS:
         return Settled.TOO_LATE
     for moved in settlement.moved:
         _move(db, now, moved.line, give_back=0, book=moved.actual, roll=True)
-    kind = EntryKind.SETTLE if settlement.fresh else EntryKind.ORPHAN
+    kind = settlement.kind if settlement.fresh else EntryKind.ORPHAN
     _bury(db, now, settlement.exchange, kind, TOMBSTONE_MS)
     _enter(db, now, settlement.exchange, kind, _actual(settlement.moved), settlement.payload)
     return Settled.DONE if settlement.fresh else Settled.ORPHAN

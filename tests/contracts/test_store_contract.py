@@ -18,6 +18,7 @@ from llm_guard_mw.stores.protocol import (
     Granted,
     HoldState,
     Refused,
+    Replay,
     Reserve,
     Settled,
     Settlement,
@@ -888,6 +889,103 @@ def test_a_booking_for_an_older_window_moves_only_the_journal(store: Store, cloc
 
     assert account(store, "day") == (0, 100)
     assert journal(store)[0].lines[0].window_start == TODAY
+
+
+def test_a_release_without_a_hold_is_entered_as_one(store: Store) -> None:
+    spent = booking("c/2", requests_a_day("rpd", 9), 1, fresh=True)
+
+    assert store.settle(replace(spent, kind=EntryKind.RELEASE)) is Settled.DONE
+
+    assert account(store, "rpd") == (1, 0)
+    assert [entry.id for entry in journal(store)] == ["c/2/release"]
+
+
+def test_a_release_that_never_held_anything_is_entered_as_well(store: Store) -> None:
+    nothing = settlement("c/2", (), NOON + LEASE, kind=EntryKind.RELEASE, fresh=True)
+
+    assert store.settle(nothing) is Settled.DONE
+
+    assert [entry.id for entry in journal(store)] == ["c/2/release"]
+
+
+# ---------------------------------------------------------------- replays of a spool
+
+
+def replay(exchange: str, position: int, source: str = "spool-1", actual: int = 70) -> Settlement:
+    return replace(booking(exchange, dollars("day", 0), actual, fresh=True), replay=Replay(source, position))
+
+
+def test_a_replay_is_settled_and_marked(store: Store) -> None:
+    assert store.replayed("spool-1") == 0
+
+    assert store.settle(replay("c/1", 3)) is Settled.DONE
+
+    assert account(store, "day") == (70, 0)
+    assert store.replayed("spool-1") == 3
+
+
+def test_a_replay_that_comes_again_the_next_day_counts_once(store: Store, clock: Clock) -> None:
+    store.settle(replay("c/1", 1))
+    store.settle(replay("c/2", 2))
+    clock.forward(DAY)
+    store.expire()  # no ending is remembered any more
+
+    assert [store.settle(replay("c/1", 1)), store.settle(replay("c/2", 2))] == [Settled.AGAIN, Settled.AGAIN]
+
+    assert [entry.id for entry in journal(store)] == ["c/1/settle", "c/2/settle"]
+    assert account(store, "day") == (140, 0)
+
+
+def test_each_spool_has_a_mark_of_its_own(store: Store) -> None:
+    store.settle(replay("c/1", 5))
+
+    assert store.settle(replay("d/1", 1, source="spool-2")) is Settled.DONE
+
+    assert (store.replayed("spool-1"), store.replayed("spool-2")) == (5, 1)
+    assert account(store, "day") == (140, 0)
+
+
+def test_the_mark_moves_past_a_replay_that_changes_nothing(store: Store, clock: Clock) -> None:
+    granted = grant(store, wish("c/1", offer(dollars("day", 1000, 100))))
+    store.settle(settled("c/1", granted))
+    again = replace(settled("c/1", granted), replay=Replay("spool-1", 1))
+    late = replace(booking("c/9", dollars("day", 0), 70), replay=Replay("spool-1", 2))
+
+    assert store.settle(again) is Settled.AGAIN
+    clock.forward(LEASE + LATE_SETTLE_MS + 1)
+    assert store.settle(late) is Settled.TOO_LATE
+
+    assert store.replayed("spool-1") == 2
+    assert account(store, "day") == (100, 0)
+
+
+def test_the_replay_of_a_settlement_ends_its_hold(store: Store) -> None:
+    granted = grant(store, wish("c/1", offer(dollars("day", 1000, 100))))
+
+    store.settle(replace(settled("c/1", granted, {"day": 60}), replay=Replay("spool-1", 1)))
+
+    assert account(store, "day") == (60, 0)
+
+
+def test_the_replay_of_an_abandoned_exchange_corrects_it(store: Store, clock: Clock) -> None:
+    granted = grant(store, wish("c/1", offer(dollars("day", 1000, 100))))
+    clock.forward(LEASE)
+    store.expire()
+    late = replace(settled("c/1", granted, {"day": 60}), replay=Replay("spool-1", 1))
+
+    assert [store.settle(late), store.settle(late)] == [Settled.CORRECTED, Settled.AGAIN]
+
+    assert account(store, "day") == (60, 0)
+    assert store.replayed("spool-1") == 1
+
+
+def test_a_spool_that_is_gone_leaves_no_mark(store: Store) -> None:
+    store.settle(replay("c/1", 7))
+
+    store.end_replay("spool-1")
+    store.end_replay("spool-2")
+
+    assert store.replayed("spool-1") == 0
 
 
 # ---------------------------------------------------------------- expiry, corrections, orphans

@@ -105,23 +105,21 @@ def test_the_keeper_sweeps_what_others_left(guarded: Install) -> None:
     until(lambda: [event for event in events(installed) if event["kind"] == "abandoned"], "it is swept")
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite, "LOCK_WAIT_SECONDS", 0.02)
-
-
-@pytest.mark.usefixtures("impatient")
-def test_a_settlement_that_found_the_store_locked_is_tried_again(guarded: Install, tmp_path: Path) -> None:
+def test_a_settlement_that_found_the_store_locked_is_tried_again(
+    guarded: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed = guarded(limits=["$1/day global"])
     installed.keeper.ledger.migrate()  # its first use locks the same file for longer than we are patient
     exchange = begin(installed)
     other = sqlite3.connect(tmp_path / "guard.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
 
-    Guard(installed.desk).finish(exchange, None, status=500, ending="complete")
-    assert len(installed.desk.outbox) == 1
-    with pytest.raises(StoreUnavailable):
-        begin(installed)
+    with monkeypatch.context() as impatience:
+        impatience.setattr(sqlite, "LOCK_WAIT_SECONDS", 0.02)
+        Guard(installed.desk).finish(exchange, None, status=500, ending="complete")
+        assert len(installed.desk.outbox) == 1
+        with pytest.raises(StoreUnavailable):
+            begin(installed)
     other.execute("ROLLBACK")
     other.close()
     installed.keeper.start()

@@ -117,6 +117,7 @@ class ReferenceStore:
     _attended_until: int = 0
     _entered: int = 0
     _scope_values: dict[tuple[str, str, str], int] = field(default_factory=dict)  # -> the day it was new
+    _replayed: dict[str, int] = field(default_factory=dict)  # spool -> how far
 
     # ---------------------------------------------------------------- reserve
 
@@ -264,6 +265,20 @@ class ReferenceStore:
     # ---------------------------------------------------------------- settle
 
     def settle(self, settlement: Settlement) -> Settled:
+        replay = settlement.replay
+        if replay is not None:
+            if replay.position <= self.replayed(replay.source):
+                return Settled.AGAIN
+            self._replayed[replay.source] = replay.position
+        return self._settle(settlement)
+
+    def replayed(self, source: str) -> int:
+        return self._replayed.get(source, 0)
+
+    def end_replay(self, source: str) -> None:
+        self._replayed.pop(source, None)
+
+    def _settle(self, settlement: Settlement) -> Settled:
         now = self.clock()
         exchange, kind = settlement.exchange, settlement.kind
         tombstone = self._tombstones.get(exchange)
@@ -286,7 +301,7 @@ class ReferenceStore:
             return Settled.CORRECTED
 
         all_moved = settlement.moved
-        unknown = kind is EntryKind.RELEASE and not all_moved
+        unknown = kind is EntryKind.RELEASE and not all_moved and not settlement.fresh
         if unknown and exchange in self._holds:
             lines = self._holds[exchange].lines
             all_moved = tuple(Moved(line, line.amount if line.spent else 0) for line in lines)
@@ -306,7 +321,7 @@ class ReferenceStore:
             return Settled.AGAIN
         if too_late and not settlement.fresh:
             return Settled.TOO_LATE
-        kind = EntryKind.SETTLE if settlement.fresh else EntryKind.ORPHAN
+        kind = kind if settlement.fresh else EntryKind.ORPHAN
         for line in actuals:
             balance = self._balances.setdefault(line.balance, Balance(line.kind))
             balance.roll_to(line.window_start, None)

@@ -37,6 +37,7 @@ from llm_guard_mw.stores.protocol import (
     Granted,
     HoldState,
     Moved,
+    Replay,
     Reserve,
     Settled,
     Settlement,
@@ -272,6 +273,29 @@ class TwoLives(RuleBasedStateMachine):
 
         if outcome is not Settled.TOO_LATE:
             self.known[exchange] = Known(tuple(each.line for each in moved), end)
+
+    @rule(
+        data=st.data(),
+        source=st.sampled_from("st"),
+        position=st.integers(1, 12),
+        kind=st.sampled_from([EntryKind.SETTLE, EntryKind.SETTLE, EntryKind.RELEASE]),
+    )
+    def replay_a_spool(self, data: st.DataObject, source: str, position: int, kind: EntryKind) -> None:
+        kept = data.draw(st.sampled_from(MONEY))
+        start = _windows(kept, self.clock.now)[0].start if kept.kind is Kind.CALENDAR else 0
+        line = Line(kept.name, kept.kind, kept.unit, start, 0, kept.unit is Unit.REQUESTS)
+        exchange = f"{source}/{position}"
+        payload = encode_event(event_of(exchange, cost_nanos=1))
+        replay = Replay(source, position)
+        moved = (Moved(line, data.draw(st.integers(0, 30))),)
+
+        self.both(
+            lambda store: store.settle(
+                Settlement(exchange, source, kind, self.clock.now, moved, payload, fresh=True, replay=replay)
+            )
+        )
+
+        self.both(lambda store: store.replayed(source))
 
     # -- leases and calls
 

@@ -2,7 +2,7 @@
 -- never had a hold, and the entry of a refusal, which moves nothing. What moves money enters the journal here.
 --
 -- KEYS  1 exchange (or what stands for the entry of a refusal)   2 due index   3 journal   4 subjects index
---       5.. the subjects' hashes
+--       5.. the subjects' hashes; behind them, where this is a replay, the marks of replays
 -- ARGV  1 the layout, msgpack: subjects (see read_subjects), moves (a count; balance (its number), kind, spent at
 --         reserve (bool) of each)
 --       2 now, ms ('' = Redis' clock)
@@ -10,6 +10,8 @@
 --         ('' = exchange/kind); for each move: window start (ms), held (units), actual (units)
 --       4 which lines these are, msgpack array: balance's name, kind, unit, spent of each move
 --       5 payload of the entry, bytes
+--       6 and 7, where this is a replay: the spool, and the position in it. It is done once: the mark of its spool
+--         moves in this step, and what stands before the mark is done
 --       `learnt` says that the moves were read from the hold, by somebody who was never told the grant: without a
 --       hold there is nothing to do.
 -- Reply 1 done   2 it had been done before   3 corrected   4 orphan   5 too late
@@ -24,17 +26,25 @@ local said = {cmsgpack.unpack(ARGV[3])}
 local kind, keep_ms, outcome = said[ENDING], TOMBSTONE_MS, DONE
 local correcting, booking = false, false
 
+local marks, spool, position = ARGV[6] and KEYS[#KEYS], ARGV[6], tonumber(ARGV[7])
+if marks and tonumber(redis.call('HGET', marks, spool) or 0) >= position then return AGAIN end
+
+local function done(result)
+  if marks then redis.call('HSET', marks, spool, position) end
+  return result
+end
+
 local kept = redis.call('GETRANGE', KEYS[1], 0, 15)
 if kept == '' then
-  if said[LEARNT] then return AGAIN end
+  if said[LEARNT] then return done(AGAIN) end
   if not said[FRESH] then
-    if now > said[LEASE_END] + LATE_SETTLE_MS then return TOO_LATE end
+    if now > said[LEASE_END] + LATE_SETTLE_MS then return done(TOO_LATE) end
     kind, outcome = 'orphan', ORPHAN
   end
   booking = true
 elseif string.byte(kept) == 45 then
-  if string.match(kept, '^%-(%a+)') ~= 'abandoned' or said[LEARNT] then return AGAIN end
-  if now > said[LEASE_END] + LATE_SETTLE_MS then return TOO_LATE end
+  if string.match(kept, '^%-(%a+)') ~= 'abandoned' or said[LEARNT] then return done(AGAIN) end
+  if now > said[LEASE_END] + LATE_SETTLE_MS then return done(TOO_LATE) end
   correcting, kind, keep_ms, outcome = true, 'correction', ABANDONED_TOMBSTONE_MS, CORRECTED
 end
 
@@ -74,4 +84,4 @@ write_subjects(now, KEYS[4])
 if not correcting and not booking then redis.call('ZREM', KEYS[2], said[EXCHANGE]) end
 bury(KEYS[1], correcting and 'corrected' or kind, now, keep_ms)
 redis.call('XADD', KEYS[3], '*', 'kind', kind, 'at', now, 'said', ARGV[3], 'lines', ARGV[4], 'payload', ARGV[5])
-return outcome
+return done(outcome)
