@@ -465,7 +465,7 @@ class Steps:
     def drop_journal(self, positions: Sequence[str]) -> Talk[None]:
         for start in range(0, len(positions), _DROPPED_AT_ONCE):
             ids = [_stream_id(position) for position in positions[start : start + _DROPPED_AT_ONCE]]
-            yield [_Message(self.keys, self.keys.journal).script(DROP, _GROUP, *ids)]
+            yield [_Message(self.keys.journal).script(DROP, _GROUP, *ids)]
 
     def read_journal(self, after: str, count: int) -> Talk[Entries]:
         low = f"({_stream_id(after)}" if after else "-"
