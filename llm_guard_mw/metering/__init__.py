@@ -6,7 +6,8 @@ The rules of each provider are in docs/explanation/metering.md.
 
 from __future__ import annotations
 
+from llm_guard_mw.metering.billed import BilledResponses
 from llm_guard_mw.metering.meter import Meter, read_usage
 from llm_guard_mw.metering.outgoing import identify_api
 
-__all__ = ["Meter", "identify_api", "read_usage"]
+__all__ = ["BilledResponses", "Meter", "identify_api", "read_usage"]

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_guard_mw.metering import Meter, identify_api, read_usage
-from llm_guard_mw.metering.dialects import DIALECTS
 from llm_guard_mw.model import Usage
 
 Row = dict[str, Any]
@@ -82,8 +81,10 @@ def usage_of(row: Row, api: str, provider: str | None) -> Usage | None:
 
 def differences(row: Row, usage: Usage | None) -> str:
     due = row["expected"]
-    if due["usage"] is None or usage is None:
-        return "" if (due["usage"] is None) == (usage is None) else "usage"
+    # Counts that stand in the headers alone are in no usage object.
+    silent = due["usage"] is None and due["input_tokens"] is None
+    if silent or usage is None:
+        return "" if silent == (usage is None) else "usage"
     return " ".join(name for name, column in FIELDS.items() if getattr(usage, name) != due[column])
 
 
@@ -93,8 +94,6 @@ def test_recorded_usage_is_read_as_it_was_sent(corpus: tuple[Row, ...], named: b
     different: dict[str, list[str]] = {}
     for row in corpus:
         api = row["api"]
-        if api not in DIALECTS:
-            continue
         wrong = differences(row, usage_of(row, api, row["provider"]) if named else usage_of(row, "auto", None))
         if wrong:
             different.setdefault(api, []).append(f"{row['id']} ({wrong})")
@@ -128,7 +127,7 @@ def test_rows_without_usage_have_none(corpus: tuple[Row, ...]) -> None:
 def test_the_end_of_a_recorded_stream_is_seen(corpus: tuple[Row, ...]) -> None:
     for row in corpus:
         due = row["expected"]["stream_terminated"]
-        if row["api"] in DIALECTS and due is not None:
+        if due is not None:
             meter = Meter(row["api"], provider=row["provider"])
             meter.feed(body_of(row))
 
@@ -150,8 +149,6 @@ def test_what_compaction_and_advisors_used_is_in_the_parts(corpus: tuple[Row, ..
 def test_a_recorded_request_is_identified(corpus: tuple[Row, ...]) -> None:
     for row in corpus:
         host, slash, path = row["url_path"].partition("/")
-        if row["api"] not in DIALECTS:
-            continue
 
         api, provider = identify_api(row["method"], host, slash + path, None)
 

@@ -139,4 +139,5 @@ def _text(doc: Doc) -> Iterator[str]:
             yield json_text(block["input"])
 
 
-ANTHROPIC_MESSAGES = Dialect("anthropic.messages", _recognises, _note, _usage, _text)
+_MEMBERS = frozenset({"type", "usage"})
+ANTHROPIC_MESSAGES = Dialect("anthropic.messages", _MEMBERS, _recognises, _note, _usage, _text)

@@ -72,4 +72,5 @@ def _message_text(message: Doc) -> Iterator[str]:
         yield from text_of(call.get("name"), call.get("arguments"))
 
 
-OPENAI_CHAT = Dialect("openai.chat", _recognises, note_completion, _usage, _text)
+_MEMBERS = frozenset({"object", "choices", "usage", "x_groq"})
+OPENAI_CHAT = Dialect("openai.chat", _MEMBERS, _recognises, note_completion, _usage, _text)

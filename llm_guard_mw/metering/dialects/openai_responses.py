@@ -22,7 +22,8 @@ from llm_guard_mw.metering.dialects.openai_tokens import read_tokens
 from llm_guard_mw.metering.loose_json import Doc
 from llm_guard_mw.model import Usage
 
-_OVER = ("completed", "incomplete", "failed", "cancelled")
+_OVER = frozenset({"completed", "incomplete", "failed", "cancelled"})
+_OVER_EVENTS = frozenset(f"response.{status}" for status in _OVER)
 
 
 def _recognises(doc: Doc) -> bool:
@@ -46,9 +47,11 @@ def _note(doc: Doc, notes: Notes) -> None:
         if is_event:
             return
         response = doc
-    over = response.get("status") in _OVER or kind in [f"response.{status}" for status in _OVER]
+    status = response.get("status")
+    over = (isinstance(status, str) and status in _OVER) or (is_event and kind in _OVER_EVENTS)
     notes.ended = notes.ended or (is_event and over)
-    notes.pending = not over and not is_event and isinstance(response.get("status"), str)
+    notes.pending = not over and not is_event and isinstance(status, str)
+    notes.background = notes.background or response.get("background") is True
     notes.identify(
         model=response.get("model"), response_id=response.get("id"), service_tier=response.get("service_tier")
     )
@@ -90,4 +93,5 @@ def _text(doc: Doc) -> Iterator[str]:
             yield from text_of(part.get("text"), part.get("refusal"))
 
 
-OPENAI_RESPONSES = Dialect("openai.responses", _recognises, _note, _usage, _text)
+_MEMBERS = frozenset({"type", "object", "usage"})
+OPENAI_RESPONSES = Dialect("openai.responses", _MEMBERS, _recognises, _note, _usage, _text)
