@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Final
 
@@ -30,8 +30,8 @@ _NEXT_LINE = re.compile(rb"\}[ \t]*\r?\n\s*\{")
 class Answer:
     """The documents of an answer, and what its framing alone tells about it."""
 
-    own_text: Callable[[], str | None]  # what to count if this is no provider's format
-    docs: list[Doc] = field(default_factory=list)
+    docs: list[Doc]
+    own_text: Callable[[], str | None] | None = None  # what to count of an unknown format; None: the bytes as they are
     all_docs: Callable[[], Iterator[Doc]] | None = None  # None: `docs` are all
     closed: bool = False  # the framing's own end was seen: the last bracket, or `[DONE]`
     endless: bool = False  # of a framing that has no end mark of its own
@@ -56,7 +56,7 @@ def read_answer(head: bytes, tail: bytes | None) -> Answer | None:
 
 def text_or_none(body: bytes, content_type: str) -> str | None:
     """A body as text, if it is one."""
-    if _BINARY.match(content_type) or b"\x00" in body[:4096]:
+    if (content_type and _BINARY.match(content_type)) or b"\x00" in body[:4096]:
         return None
     try:
         return body.decode()
@@ -70,40 +70,43 @@ def text_or_none(body: bytes, content_type: str) -> str | None:
 
 
 def _read_json(head: bytes, tail: bytes | None) -> Answer:
-    def own_text() -> str | None:
-        return text_or_none(head + (tail or b""), "")
-
-    if tail is None:
-        whole = parse_strictly(head)
-        if isinstance(whole, dict):
-            return Answer(own_text, [whole], closed=True)
-        if whole is None and not _NEXT_LINE.search(head):
-            whole = parse(head)
-        if isinstance(whole, dict):
-            return Answer(own_text, [whole], closed=True)
-        if isinstance(whole, list):
-            return Answer(own_text, [doc for doc in whole if isinstance(doc, dict)], closed=True)
-    if head.startswith(b"{") and _NEXT_LINE.search(head):
-        return _read_lines(head, tail, own_text)
+    whole = parse_strictly(head) if tail is None else None
+    if isinstance(whole, dict):  # nearly always
+        return Answer([whole], None, None, True)
+    if whole is None and head.startswith(b"{") and _NEXT_LINE.search(head):
+        return _read_lines(head, tail)
+    if whole is None and tail is None:
+        whole = parse(head)
+    if isinstance(whole, dict):
+        return Answer([whole], closed=True)
+    if isinstance(whole, list):
+        return _of_many([doc for doc in whole if isinstance(doc, dict)])
     # Too large, cut off, several values in a row, or not quite JSON: what can be read of it?
     docs, closed = parse_each(head) if tail is None else ([], False)
     if closed:
-        return Answer(own_text, docs, closed=True)
+        return _of_many(docs)
     end = (head if tail is None else tail)[-_END_BYTES:]
     last = read_end(end)
     if last is not None:
-        return Answer(own_text, [*docs, last], closed=True, lossy=tail is not None, partial=True)
+        return Answer([*docs, last], closed=True, lossy=tail is not None, partial=True)
     if not docs and not end.rstrip().endswith((b"}", b"]")):
         last = read_cut(end)
         if last is not None:
-            return Answer(own_text, [last], lossy=tail is not None, partial=True, guessed=True)
-    return Answer(own_text, docs, lossy=tail is not None)
+            return Answer([last], lossy=tail is not None, partial=True, guessed=True)
+    return Answer(docs, lossy=tail is not None)
 
 
-def _read_lines(head: bytes, tail: bytes | None, own_text: Callable[[], str | None]) -> Answer:
+def _of_many(docs: list[Doc]) -> Answer:
+    """A whole array, or documents in a row: read like a stream, whose documents they are."""
+    if len(docs) <= FIRST_DOCS + LAST_DOCS:
+        return Answer(docs, closed=True)
+    return Answer([*docs[:FIRST_DOCS], *docs[-LAST_DOCS:]], all_docs=lambda: iter(docs), closed=True)
+
+
+def _read_lines(head: bytes, tail: bytes | None) -> Answer:
     """A document a line."""
     if tail is None and head.count(b"\n") < FIRST_DOCS + LAST_DOCS:
-        return Answer(own_text, list(_documents(head.split(b"\n"))), endless=True)
+        return Answer(list(_documents(head.split(b"\n"))), endless=True)
     pieces = [head] if tail is None else [head, tail]
     # The first line of the tail has lost its start. If it was a large one, it may be the one that counts.
     cut = None if tail is None else read_end(tail.partition(b"\n")[0])
@@ -111,7 +114,6 @@ def _read_lines(head: bytes, tail: bytes | None, own_text: Callable[[], str | No
     first = head.split(b"\n", FIRST_DOCS)[:FIRST_DOCS]
     last = pieces[-1].rstrip().rsplit(b"\n", LAST_DOCS)[1:]
     return Answer(
-        own_text,
         [*_documents(first), *between, *_documents(last)],
         all_docs=lambda: chain(between, *(_documents(piece.split(b"\n")) for piece in pieces)),
         endless=True,
@@ -137,8 +139,8 @@ def _read_events(head: bytes, tail: bytes | None) -> Answer:
         return chain(_documents(_data_of(head)), between, _documents(_data_of(*pieces[1:])))
 
     return Answer(
+        [*_documents(first), *between, *_documents(last)],
         own_text=lambda: _join_text(_data_of(*pieces)),
-        docs=[*_documents(first), *between, *_documents(last)],
         all_docs=all_docs if more or tail is not None else None,
         endless=True,
         partial=cut is not None,
@@ -203,8 +205,8 @@ def _read_frames(head: bytes, tail: bytes | None) -> Answer:
         return (doc for data, frames in pieces for doc in event_stream.documents(data, frames))
 
     return Answer(
+        [*event_stream.documents(head, first), *event_stream.documents(end, last)],
         own_text=lambda: None,
-        docs=[*event_stream.documents(head, first), *event_stream.documents(end, last)],
         all_docs=None if few else all_docs,
         endless=whole,
         lossy=tail is not None,

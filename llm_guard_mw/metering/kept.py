@@ -40,9 +40,6 @@ class Kept:
             del self._tail[:-TAIL_BYTES]
             self._lost = True
 
-    def starts_with(self, magic: bytes) -> bool:
-        return self._head.startswith(magic)
-
     def pieces(self) -> tuple[bytes, bytes | None]:
         """All bytes and None; or, where some were lost between them, the first and the last."""
         if not self._tail:

@@ -19,7 +19,7 @@ from llm_guard_mw.metering.billed import BilledResponses
 from llm_guard_mw.metering.decoding import GZIP_MAGIC, Decoder, Undecodable, decoder_for
 from llm_guard_mw.metering.dialects import COUNTING, DIALECTS, Dialect, Notes, recognised
 from llm_guard_mw.metering.dialects.bedrock_invoke import counted_by_bedrock, counts_in, metrics_in
-from llm_guard_mw.metering.framing import FIRST_DOCS, LAST_DOCS, Answer, read_answer, text_or_none
+from llm_guard_mw.metering.framing import Answer, read_answer, text_or_none
 from llm_guard_mw.metering.kept import Kept
 from llm_guard_mw.metering.loose_json import Doc, parse
 from llm_guard_mw.model import Reading, Usage
@@ -93,8 +93,9 @@ class Meter:
 
     def feed(self, chunk: bytes) -> None:
         """Show the next bytes, as they came off the wire."""
+        keep = self._keep  # called as an attribute it would be looked up as a method first, which takes as long again
         try:
-            self._keep(chunk)
+            keep(chunk)
         except Exception as error:  # a fault of ours must never reach the caller's answer
             self._give_up(f"{type(error).__name__} in feed")
 
@@ -137,25 +138,23 @@ class Meter:
     # -- reading
 
     def _read(self) -> Reading:
-        if self._decoder is not None:
-            if self._broken is None:
-                self._take(self._decoder.flush())
-        elif self._broken is None and self._kept.starts_with(GZIP_MAGIC):
-            return self._read_undeclared_gzip()
+        if self._decoder is not None and self._broken is None:
+            self._take(self._decoder.flush())
         head, tail = self._kept.pieces()
         if not head.startswith(b"{"):
+            if head.startswith(GZIP_MAGIC) and self._decoder is None and self._broken is None:
+                return self._read_undeclared_gzip(head, tail)
             head = head.removeprefix(_BOM).lstrip(_BLANK)
         answer = read_answer(head, tail)
         if answer is not None:
-            return self._judge(answer)
+            return self._judge(answer, head, tail)
         text = self._plain_text(head, tail)
         ended = text is not None and tail is None and self._is_the_apps_own()
         usage = self._filled(None, ())
         return Reading(usage=usage, ended=ended or usage is not None, text=text, broken=self._broken)
 
-    def _read_undeclared_gzip(self) -> Reading:
+    def _read_undeclared_gzip(self, head: bytes, tail: bytes | None) -> Reading:
         """Some recorders and proxies lose the Content-Encoding header."""
-        head, tail = self._kept.pieces()
         inner = Meter(
             self._api,
             provider=self._provider,
@@ -170,10 +169,10 @@ class Meter:
         reading = inner.finish()
         return reading if tail is None else replace(reading, ended=False)
 
-    def _judge(self, answer: Answer) -> Reading:
+    def _judge(self, answer: Answer, head: bytes, tail: bytes | None) -> Reading:
         dialect = _dialect_of(self._api, answer)
         if dialect is None:
-            return self._judge_unknown(answer)
+            return self._judge_unknown(answer, head, tail)
         notes = self._notes_of(dialect, answer.docs)
         if answer.all_docs is not None and not notes.usage_final:
             notes = self._notes_of(dialect, answer.all_docs())
@@ -181,13 +180,15 @@ class Meter:
             return Reading(None, True, None, error=notes.error, broken=self._broken, free="counting")
         ended = (notes.ended or answer.closed) and not notes.pending
         usage = None if notes.usage is None else dialect.usage(notes.usage, notes)
-        usage = self._filled(usage, answer.docs)
+        if usage is None or usage.input_tokens is None or usage.output_tokens is None:
+            usage = self._filled(usage, answer.docs)
         final = usage is not None and (notes.usage_final or ended) and not answer.guessed
-        if usage is not None and not final:
-            usage = replace(usage, exact=False)
         text = None
-        if not final and self._status < 400:
-            text = "".join(piece for doc in answer.every_doc() for piece in dialect.text(doc))
+        if not final:
+            if usage is not None:
+                usage = replace(usage, exact=False)
+            if self._status < 400:
+                text = "".join(piece for doc in answer.every_doc() for piece in dialect.text(doc))
         reading = Reading(
             usage,
             # What was lost on the way was written too: then `text` is not all there was.
@@ -202,16 +203,17 @@ class Meter:
             return _metered_once(reading, notes, self._api, self._provider, self._billed)
         return reading
 
-    def _judge_unknown(self, answer: Answer) -> Reading:
+    def _judge_unknown(self, answer: Answer, head: bytes, tail: bytes | None) -> Reading:
         usage = self._filled(None, answer.docs)
-        text = answer.own_text() if usage is None and self._status < 400 else None
+        text = None
+        if usage is None and self._status < 400:
+            own_text = answer.own_text
+            text = own_text() if own_text is not None else text_or_none(head if tail is None else head + tail, "")
         ended = answer.closed or (answer.endless and self._is_the_apps_own() and not answer.lossy)
-        return Reading(usage=usage, ended=ended or usage is not None, text=text, broken=self._broken)
+        return Reading(usage, ended or usage is not None, text, None, None, None, self._broken)
 
     def _filled(self, usage: Usage | None, docs: Iterable[Doc]) -> Usage | None:
         """The usage, with what only Bedrock's metrics or headers say."""
-        if usage is not None and usage.input_tokens is not None and usage.output_tokens is not None:
-            return usage
         metrics = metrics_in(docs)
         if metrics is not None:
             usage = counted_by_bedrock(usage, metrics, self._request_model)
@@ -271,13 +273,11 @@ def _model_in(request_body: bytes) -> str | None:
 
 def _dialect_of(api: str | None, answer: Answer) -> Dialect | None:
     """The named format if it fits, else the first that recognises what came."""
-    named = DIALECTS.get(api) if api else None
     docs = answer.docs
-    if named is not None and (named is COUNTING or answer.partial):
-        return named
-    if len(docs) > FIRST_DOCS + LAST_DOCS:
-        docs = docs[:FIRST_DOCS] + docs[-LAST_DOCS:]
+    named = None if api is None else DIALECTS.get(api)
     if named is not None:
+        if answer.partial or named is COUNTING:
+            return named
         for doc in docs:
             if named.recognises(doc):
                 return named
@@ -286,7 +286,7 @@ def _dialect_of(api: str | None, answer: Answer) -> Dialect | None:
         if dialect is not None:
             return dialect
     # An error has no shape of its own.
-    return named if any(doc.get("error") for doc in docs) else None
+    return named if named is not None and any(doc.get("error") for doc in docs) else None
 
 
 def _metered_once(

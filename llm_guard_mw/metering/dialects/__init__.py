@@ -77,8 +77,21 @@ _IN_ORDER = tuple(dict.fromkeys(DIALECTS.values()))
 _TELLING = frozenset().union(*(dialect.members for dialect in _IN_ORDER))
 
 
+#: What some formats call their documents themselves.
+_BY_OBJECT = {
+    "chat.completion": OPENAI_CHAT,
+    "chat.completion.chunk": OPENAI_CHAT,
+    "text_completion": OPENAI_COMPLETIONS,
+    "response": OPENAI_RESPONSES,
+    "interaction": GEMINI_INTERACTIONS,
+}
+
+
 def recognised(doc: Doc) -> Dialect | None:
     """The format of a document of which nobody said what it is."""
+    kind = doc.get("object")
+    if isinstance(kind, str) and kind in _BY_OBJECT:
+        return _BY_OBJECT[kind]
     if _TELLING.isdisjoint(doc):
         return None
     for dialect in _IN_ORDER:

@@ -91,7 +91,10 @@ BEDROCK_INVOKE = Dialect("bedrock.invoke", _MEMBERS, _recognises, _note, _usage,
 
 def metrics_in(docs: Iterable[Doc]) -> Doc | None:
     """The metrics of a stream's last chunk."""
-    return next((doc[METRICS] for doc in docs if isinstance(doc.get(METRICS), dict)), None)
+    for doc in docs:
+        if METRICS in doc:
+            return object_of(doc[METRICS])
+    return None
 
 
 def counts_in(headers: Mapping[str, str]) -> Doc:

@@ -74,6 +74,8 @@ def no_text(doc: Doc) -> Iterator[str]:
 
 def count_of(value: Any) -> int | None:
     """A number of tokens: a whole number, not negative, in range. Anything else was not said."""
+    if value is None:
+        return None
     kind = type(value)
     if kind is int:
         return value if 0 <= value <= _COUNT_MAX else None
@@ -100,8 +102,11 @@ def first_count(*values: Any) -> int | None:
 
 def total_of(*counts: int | None) -> int | None:
     """The sum of what was said; None if nothing was."""
-    said = [count for count in counts if count is not None]
-    return count_of(sum(said)) if said else None
+    total = None
+    for count in counts:
+        if count is not None:
+            total = count if total is None else total + count
+    return count_of(total)
 
 
 def object_of(value: Any) -> Doc:

@@ -8,9 +8,10 @@ Enumerations come as words or as numbers. What an SDK has parsed and dumped agai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_guard_mw.metering.dialects.dialect import (
+    NO_PARTS,
     Dialect,
     Notes,
     count_of,
@@ -27,35 +28,72 @@ from llm_guard_mw.metering.dialects.dialect import (
 from llm_guard_mw.metering.loose_json import Doc
 from llm_guard_mw.model import Usage
 
+_MEMBERS = frozenset({"usageMetadata", "usage_metadata", "candidates", "promptFeedback"})
+
+
+class _Names(NamedTuple):
+    """The members of a usage object, as the wire has them, and as an SDK that has parsed them does."""
+
+    prompt: str
+    tools: str
+    candidates: str
+    thoughts: str
+    cached: str
+    asked: str
+    wrote: str
+
+
+_CAMEL = _Names(
+    "promptTokenCount",
+    "toolUsePromptTokenCount",
+    "candidatesTokenCount",
+    "thoughtsTokenCount",
+    "cachedContentTokenCount",
+    "promptTokensDetails",
+    "candidatesTokensDetails",
+)
+_SNAKE = _Names(
+    "prompt_token_count",
+    "tool_use_prompt_token_count",
+    "candidates_token_count",
+    "thoughts_token_count",
+    "cached_content_token_count",
+    "prompt_tokens_details",
+    "candidates_tokens_details",
+)
 #: Enumerations come as numbers as well.
 _MODALITIES = {"IMAGE": 2, "AUDIO": 4}
 
 
 def _recognises(doc: Doc) -> bool:
-    return any(name in doc for name in ("usageMetadata", "usage_metadata", "candidates", "promptFeedback"))
+    return not _MEMBERS.isdisjoint(doc)
 
 
 def _note(doc: Doc, notes: Notes) -> None:
     usage = object_of(either(doc, "usageMetadata", "usage_metadata"))
     notes.identify(
-        model=either(doc, "modelVersion", "model_version"),
-        response_id=either(doc, "responseId", "response_id"),
-        service_tier=either(usage, "serviceTier", "service_tier"),
+        either(doc, "modelVersion", "model_version"),
+        either(doc, "responseId", "response_id"),
+        either(usage, "serviceTier", "service_tier"),
     )
-    candidates = list(objects_of(doc.get("candidates")))
-    over = any(either(candidate, "finishReason", "finish_reason") for candidate in candidates)
-    over = over or bool(object_of(either(doc, "promptFeedback", "prompt_feedback")))
+    candidates = doc.get("candidates")
+    over = bool(object_of(either(doc, "promptFeedback", "prompt_feedback")))
+    for candidate in candidates if isinstance(candidates, list) else ():
+        if isinstance(candidate, dict):
+            over = over or bool(either(candidate, "finishReason", "finish_reason"))
+            _note_searches(candidate, notes)
     notes.ended = notes.ended or over
     # Vertex sends chunks whose metadata holds nothing but the kind of traffic.
     if says_something(usage):
         notes.usage, notes.usage_final = usage, notes.ended
-    for candidate in candidates:
-        _note_searches(candidate, notes)
-    notes.error = error_of(google_error(doc.get("error"))) or notes.error
+    if doc.get("error"):
+        notes.error = error_of(google_error(doc["error"]))
 
 
 def _note_searches(candidate: Doc, notes: Notes) -> None:
     grounding = object_of(either(candidate, "groundingMetadata", "grounding_metadata"))
+    if not grounding:
+        return
     queries = either(grounding, "webSearchQueries", "web_search_queries")
     if isinstance(queries, list) and queries:
         notes.parts = {"web_searches": len(queries)}
@@ -70,34 +108,37 @@ def google_error(error: Any) -> Doc | None:  # Any: foreign JSON
 
 
 def _usage(usage: Doc, notes: Notes) -> Usage | None:
-    prompt = count_of(either(usage, "promptTokenCount", "prompt_token_count"))
-    tools = count_of(either(usage, "toolUsePromptTokenCount", "tool_use_prompt_token_count"))
-    candidates = count_of(either(usage, "candidatesTokenCount", "candidates_token_count"))
-    thoughts = count_of(either(usage, "thoughtsTokenCount", "thoughts_token_count"))
-    asked = either(usage, "promptTokensDetails", "prompt_tokens_details")
-    wrote = either(usage, "candidatesTokensDetails", "candidates_tokens_details")
+    said = usage.get
+    names = _SNAKE if "prompt_token_count" in usage or "total_token_count" in usage else _CAMEL
+    prompt, tools = count_of(said(names.prompt)), count_of(said(names.tools))
+    candidates, thoughts = count_of(said(names.candidates)), count_of(said(names.thoughts))
+    asked, wrote = said(names.asked), said(names.wrote)
+    parts = notes.parts
+    images = modality_tokens(wrote, "IMAGE")
+    if images is not None:
+        parts = {"image_output_tokens": images, **(parts or {})}
     return Usage(
-        input_tokens=None if prompt is None else total_of(prompt, tools),
-        output_tokens=total_of(candidates or 0, thoughts),
-        cached_input_tokens=count_of(either(usage, "cachedContentTokenCount", "cached_content_token_count")),
-        reasoning_tokens=thoughts,
-        audio_input_tokens=modality_tokens(asked, "AUDIO"),
-        audio_output_tokens=modality_tokens(wrote, "AUDIO"),
-        model=notes.model,
-        parts=frozen_parts({"image_output_tokens": modality_tokens(wrote, "IMAGE"), **(notes.parts or {})}),
+        None if prompt is None else total_of(prompt, tools),
+        total_of(candidates or 0, thoughts),
+        count_of(said(names.cached)),
+        None,
+        thoughts,
+        modality_tokens(asked, "AUDIO"),
+        modality_tokens(wrote, "AUDIO"),
+        notes.model,
+        True,
+        NO_PARTS if parts is None else frozen_parts(parts),
     )
 
 
 def modality_tokens(details: Any, kind: str) -> int | None:  # Any: foreign JSON
     """The tokens of one kind; None where it is not spoken of."""
-    if not isinstance(details, list):
-        return None
-    counts = [
-        count_of(either(detail, "tokenCount", "token_count") if "tokens" not in detail else detail["tokens"])
-        for detail in objects_of(details)
-        if _is_modality(detail.get("modality"), kind)
-    ]
-    return total_of(*counts) if counts else None
+    total = None
+    for detail in details if isinstance(details, list) else ():
+        if isinstance(detail, dict) and _is_modality(detail.get("modality"), kind):
+            count = detail["tokens"] if "tokens" in detail else either(detail, "tokenCount", "token_count")
+            total = total_of(total, count_of(count))
+    return total
 
 
 def _is_modality(said: Any, kind: str) -> bool:  # Any: foreign JSON
@@ -116,5 +157,4 @@ def _text(doc: Doc) -> Iterator[str]:
             yield from text_of(code.get("code"))
 
 
-_MEMBERS = frozenset({"usageMetadata", "usage_metadata", "candidates", "promptFeedback"})
 GEMINI_GENERATE = Dialect("gemini.generate", _MEMBERS, _recognises, _note, _usage, _text)

@@ -52,17 +52,16 @@ def _note(doc: Doc, notes: Notes) -> None:
     notes.ended = notes.ended or (is_event and over)
     notes.pending = not over and not is_event and isinstance(status, str)
     notes.background = notes.background or response.get("background") is True
-    notes.identify(
-        model=response.get("model"), response_id=response.get("id"), service_tier=response.get("service_tier")
-    )
+    notes.identify(response.get("model"), response.get("id"), response.get("service_tier"))
     usage = object_of(response.get("usage"))
     if says_something(usage):
         notes.usage, notes.usage_final = usage, over or not is_event
         notes.parts = _tools(response)
-    notes.error = error_of(response.get("error")) or notes.error
+    if response.get("error"):
+        notes.error = error_of(response["error"])
 
 
-def _tools(response: Doc) -> dict[str, int]:
+def _tools(response: Doc) -> dict[str, int] | None:
     """The uses of OpenAI's own tools: they stand in the output, one item each, and in no counter."""
     parts: dict[str, int] = {}
     for item in objects_of(response.get("output")):
@@ -71,7 +70,7 @@ def _tools(response: Doc) -> dict[str, int]:
         # Opening a page that a search has found is an item as well, and costs nothing more.
         if part is not None and object_of(item.get("action")).get("type", "search") == "search":
             parts[part] = parts.get(part, 0) + 1
-    return parts
+    return parts or None
 
 
 def _usage(usage: Doc, notes: Notes) -> Usage | None:

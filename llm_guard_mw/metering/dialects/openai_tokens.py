@@ -39,16 +39,18 @@ _WITH_PARTS = frozenset((*TOOL_PARTS, *_TOOLS, *_SECONDS, "citation_tokens"))
 
 def read_tokens(usage: Doc, notes: Notes, *, output_follows: bool = True) -> Usage | None:
     """The inclusive totals of a usage object. `output_follows`: what is missing can be told from the total."""
-    asked = _asked(usage)
-    wrote = _wrote(usage)
-    total = count_of(usage.get("total_tokens"))
-    prompt = first_count(usage.get("prompt_tokens"), usage.get("input_tokens"))
-    if prompt is None:  # DeepSeek's two halves
-        prompt = total_of(
-            count_of(usage.get("prompt_cache_hit_tokens")), count_of(usage.get("prompt_cache_miss_tokens"))
-        )
-    completion = first_count(usage.get("completion_tokens"), usage.get("output_tokens"))
-    reasoning = first_count(wrote.get("reasoning_tokens"), usage.get("reasoning_tokens"))
+    said = usage.get
+    asked, wrote = _asked(usage), _wrote(usage)
+    total = count_of(said("total_tokens"))
+    prompt = count_of(said("prompt_tokens"))
+    if prompt is None:
+        prompt = _prompt_elsewhere(usage)
+    completion = count_of(said("completion_tokens"))
+    if completion is None:
+        completion = count_of(said("output_tokens"))
+    reasoning = count_of(wrote.get("reasoning_tokens"))
+    if reasoning is None:
+        reasoning = count_of(said("reasoning_tokens"))
     audio = count_of(asked.get("audio_tokens"))
     parts = _parts(usage, asked, wrote, notes)
     if prompt is None and completion is None and total is None and not parts:
@@ -57,20 +59,19 @@ def read_tokens(usage: Doc, notes: Notes, *, output_follows: bool = True) -> Usa
     if completion is None and output_follows and prompt is not None and total is not None and total >= prompt:
         completion = total - prompt
     if prompt is not None and completion is not None:
-        beside = count_of(usage.get("connector_tokens"))
         left = None if total is None else total - prompt - completion
-        if left and left in (audio, beside):
+        if left and left in (audio, count_of(said("connector_tokens"))):
             prompt += left
         elif reasoning and (left == reasoning or _leaves_reasoning_out(usage, notes, left)):
-            completion += reasoning
+            completion = count_of(completion + reasoning)
         elif left and left > 0 and _is_gemini(notes):
             reasoning = reasoning or left
             completion += left
     cached = count_of(asked.get("cached_tokens"))
     written = count_of(asked.get("cache_write_tokens"))
     return Usage(
-        count_of(prompt),
-        count_of(completion),
+        prompt,
+        completion,
         _cached_elsewhere(usage) if cached is None else cached,
         _written_elsewhere(usage, asked) if written is None else written,
         reasoning,
@@ -80,6 +81,14 @@ def read_tokens(usage: Doc, notes: Notes, *, output_follows: bool = True) -> Usa
         True,
         parts,
     )
+
+
+def _prompt_elsewhere(usage: Doc) -> int | None:
+    """Under Responses' name, or in DeepSeek's two halves."""
+    prompt = count_of(usage.get("input_tokens"))
+    if prompt is not None:
+        return prompt
+    return total_of(count_of(usage.get("prompt_cache_hit_tokens")), count_of(usage.get("prompt_cache_miss_tokens")))
 
 
 def _asked(usage: Doc) -> Doc:
@@ -108,6 +117,8 @@ def _cached_elsewhere(usage: Doc) -> int | None:
 
 
 def _written_elsewhere(usage: Doc, asked: Doc) -> int | None:
+    if "cache_creation_tokens" not in asked and "cache_creation_input_tokens" not in usage:
+        return None
     return first_count(asked.get("cache_creation_tokens"), usage.get("cache_creation_input_tokens"))
 
 
