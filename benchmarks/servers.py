@@ -1,4 +1,4 @@
-"""Start and stop the servers under test: uvicorn, one worker, on a core of its own."""
+"""Start and stop the servers under test: uvicorn with one worker, and a Redis, each pinned to a core."""
 
 from __future__ import annotations
 
@@ -10,11 +10,39 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tests.model import servers
+
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def pin(core: int, pid: int = 0) -> None:
+    """Keep a process (this one by default) on a core, where there is more than one and the system can."""
+    if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > core:
+        os.sched_setaffinity(pid, {core})
+
+
+@contextmanager
+def redis(leg: str | None = None, *, core: int) -> Iterator[servers.Server]:
+    """A Redis on a free port: the leg asked for, or the first that this machine has."""
+    if leg is None:
+        leg = next(iter(redis_legs()), None)
+    if leg is None:
+        raise RuntimeError("; ".join(filter(None, map(servers.missing, servers.LEGS))))
+    server = servers.Server(leg).start()
+    assert server.process is not None
+    pin(core, server.process.pid)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def redis_legs() -> list[str]:
+    return [leg for leg in servers.LEGS if servers.missing(leg) is None]
 
 
 @contextmanager
@@ -35,8 +63,8 @@ def serving(app: str, *, core: int | None, cwd: str, env: dict[str, str] | None 
     ]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     process = subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": root, **(env or {})})
-    if core is not None and hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
-        os.sched_setaffinity(process.pid, {core})
+    if core is not None:
+        pin(core, process.pid)
     try:
         _wait_until_up(port, process)
         yield Server(port, process.pid)
@@ -50,7 +78,7 @@ class Server:
         self.port, self.pid = port, pid
 
     def cpu_seconds(self) -> float:
-        """User and system time so far, of all its threads."""
+        """User and system time so far, of all its threads, in steps of a clock tick."""
         with open(f"/proc/{self.pid}/stat") as stat:
             fields = stat.read().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

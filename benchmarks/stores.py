@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.servers import pin, redis
 from llm_guard_mw.arithmetic import next_window, window_at
 from llm_guard_mw.model import Demand, EntryKind, Kind, Offer, Unit, UsageEvent, Window
 from llm_guard_mw.stores.journal import Estimate, encode_draft, encode_event
@@ -35,15 +34,14 @@ NOTHING = Script("nothing", "return 1", "e0e1f9fabfc9d4800c877a703b823ac0578ff8d
 
 
 def main() -> None:
-    if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
-        os.sched_setaffinity(0, {1})
+    pin(1)
     SCRIPTS[NOTHING.sha] = NOTHING
     print(f"{'store':>10} {'limits':>7} {'callers':>8} {'pairs/s':>9} {'CPU us':>8} {'of bare':>8}")
     for leg in servers.LEGS:
         if reason := servers.missing(leg):
             print(f"  ({reason})")
             continue
-        with _server(leg) as server:
+        with redis(leg, core=0) as server:
             for limits in LIMITS:
                 for callers in CALLERS:
                     _redis(leg, server, limits, callers)
@@ -57,17 +55,6 @@ def main() -> None:
                 rate, cpu = _median(asyncio.run(_pairs(store.async_face(), limits, callers)) for _ in range(ROUNDS))
                 print(f"{'sqlite':>10} {limits:>7} {callers:>8} {rate:>9.0f} {cpu:>8.1f}")
                 store.close()
-
-
-@contextmanager
-def _server(leg: str) -> Iterator[servers.Server]:
-    server = servers.Server(leg).start()
-    if server.process is not None and hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
-        os.sched_setaffinity(server.process.pid, {0})
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 def _redis(leg: str, server: servers.Server, limits: int, callers: int) -> None:

@@ -13,11 +13,12 @@ Rule 3. An error of ours before the grant follows `on_store_failure`; after it, 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
+
+import msgspec
 
 from llm_guard_mw.call import Call, enter, leave
 from llm_guard_mw.desk import DoorEnding
@@ -113,13 +114,14 @@ class _Passage:
         if answer is not None:
             await _send_answer(send, answer)
             return
+        headers = scope["headers"]
         scope = _without(scope, self.installation.desk.identifier.headers_to_strip(request))
         call = self.call
         if call is None:
             await self.app(scope, body.receive, send)
             return
-        # The scope is shared, not copied, from here on: late identity reads what the app writes into it.
-        call.request = _http_request(scope, request.body, complete=request.body_complete)
+        if scope["headers"] is not headers:  # late identity must not believe what was taken out of them
+            call.request = _http_request(scope, request.body, complete=request.body_complete)
         token = enter(call)
         self.downstream = send
         try:
@@ -196,9 +198,8 @@ class _Passage:
         start, self.held_start = self.held_start, None
         assert start is not None  # noqa: S101 - only called while it is held
         assert self.call is not None  # noqa: S101 - no answer runs without a call
-        headers = tuple((bytes(name).lower(), bytes(value)) for name, value in start.get("headers", ()))
         if self.call.captures == 0:
-            self.meter = _meter_for(self.route, start["status"], headers)
+            self.meter = _meter_for(self.route, start["status"], start.get("headers", ()))
         self.started = True
         await self.downstream({**start, "headers": [*start.get("headers", ()), *_our_headers(self.call)]})
 
@@ -216,7 +217,7 @@ class _Passage:
         if refusal is None:
             return None
         # The route's own callers get the route's shape, whichever provider the app was talking to.
-        return refusal_answer(dataclasses.replace(refusal, api=api), headers=ratelimit_headers(_quotas(call)))
+        return refusal_answer(msgspec.structs.replace(refusal, api=api), headers=ratelimit_headers(_quotas(call)))
 
     async def _replace(self, answer: Answer) -> None:
         """Send our answer instead of the app's."""
@@ -275,12 +276,20 @@ def _http_request(scope: Scope, body: bytes, *, complete: bool) -> HttpRequest:
         method=scope.get("method", "GET"),  # a websocket has none
         path=_path_below_root(scope),
         query=scope.get("query_string", b""),
-        headers=tuple((bytes(name), bytes(value)) for name, value in scope["headers"]),
+        headers=_headers(scope["headers"]),
         peer=(client[0], client[1]) if client else None,
         body=body,
         body_complete=complete,
         surroundings=scope,
     )
+
+
+def _headers(raw: Iterable[Any]) -> Headers:
+    """Most servers give tuples; the specification lets them give lists of two, and any kind of bytes."""
+    headers = tuple(raw)
+    if all(type(header) is tuple and type(header[1]) is bytes for header in headers):
+        return headers
+    return tuple([(bytes(name), bytes(value)) for name, value in headers])
 
 
 def _without(scope: Scope, names: frozenset[bytes]) -> Scope:
@@ -293,11 +302,11 @@ def _without(scope: Scope, names: frozenset[bytes]) -> Scope:
 # ---------------------------------------------------------------- the answer
 
 
-def _meter_for(route: Route, status: int, headers: Headers) -> Meter | None:
+def _meter_for(route: Route, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Meter | None:
     """A meter on the route's own answer; what captures and `record` say comes before what it reads."""
     if route.usage == "captured":
         return None
-    named = dict(headers)
+    named = {bytes(name).lower(): bytes(value) for name, value in headers}
     return Meter(
         route.api,
         content_type=_text(named.get(b"content-type")),
@@ -318,7 +327,7 @@ def _our_headers(call: Call) -> Headers:
 def _quotas(call: Call) -> Iterable[Quota]:
     now = time.time_ns() // 1_000_000
     for limit, standing in list(call.standings.values()):  # a thread of the app may capture meanwhile
-        ceiling = limit.ceiling()
+        ceiling = limit.full
         window = reset = None
         if limit.kind is Kind.BUCKET and limit.period_ms:
             window = max(1, limit.period_ms // 1000)

@@ -19,6 +19,8 @@ from types import MappingProxyType
 from typing import Any, Final, cast
 from urllib.parse import quote
 
+import msgspec
+
 from llm_guard_mw.arithmetic import Period
 from llm_guard_mw.model import Kind, Principal, Tags, Unit
 
@@ -54,8 +56,7 @@ def encode(value: str) -> str:
     return quote(value, safe="", errors="surrogatepass").replace("~", "%7E")
 
 
-@dataclass(frozen=True, slots=True)
-class ScopeValues:
+class ScopeValues(msgspec.Struct, frozen=True, gc=False):
     """Who and what a call stands for, as far as it may choose balances."""
 
     user: str | None = None
@@ -66,7 +67,7 @@ class ScopeValues:
     tier: str | None = None
     workflow: str | None = None
     session: str | None = None
-    tags: Mapping[str, str] = field(default_factory=_nothing)
+    tags: Mapping[str, str] = msgspec.field(default_factory=_nothing)
 
     @classmethod
     def of(
@@ -149,6 +150,8 @@ class Limit:
     overdraft: Fraction = _DEFAULT_PARTS["overdraft"]
     counted: str = field(init=False, compare=False, repr=False)
     subject_scopes: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    full: int = field(init=False, compare=False, repr=False)  # the ceiling of full service
+    period_ticks: int = field(init=False, compare=False, repr=False)  # a bucket's period, in `tick_ms`; else 0
     conditions: tuple[tuple[str, frozenset[str]], ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -160,16 +163,13 @@ class Limit:
         if self.tier is not None:
             conditions.append(("tier", frozenset({self.tier})))
         object.__setattr__(self, "conditions", tuple(conditions))
+        object.__setattr__(self, "full", self.ceiling())
+        object.__setattr__(self, "period_ticks", 0 if self.period_ms is None else self.period_ms // self.tick_ms)
 
     @property
     def is_budget(self) -> bool:
         """Calendar or total, in something that a cheaper answer can save."""
         return self.kind in (Kind.CALENDAR, Kind.TOTAL) and self.unit in BUDGET_UNITS
-
-    @property
-    def period_ticks(self) -> int:
-        """A bucket's period as `arithmetic.drain` wants it; 0 for other kinds. Its rate is `amount`."""
-        return 0 if self.period_ms is None else self.period_ms // self.tick_ms
 
     def ceiling(self, degraded: bool = False) -> int:
         """What `spent + held` may reach: by full service, or by a cheaper model (`degraded`)."""

@@ -14,10 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from llm_guard_mw.balances import Limit
 from llm_guard_mw.errors import GuardError
@@ -141,6 +142,7 @@ class Call:
     started: float = field(default_factory=time.monotonic)
     door: Exchange | None = None  # exchange 0, until it is taken or closed
     claimed: set[str] = field(default_factory=set)  # balances of requests and concurrency: once a call
+    joined: bool = False  # it may have a place in a concurrency balance, which has to be left
     standings: dict[str, tuple[Limit, Standing]] = field(default_factory=dict)  # the latest seen, by limit slug
     captures: int = 0  # how often a capture asked, granted or refused
     refusal: Refusal | None = None  # the latest one a capture got

@@ -13,7 +13,10 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+
+import msgspec
+from msgspec.structs import replace
 
 from llm_guard_mw import settlement
 from llm_guard_mw.balances import Limit, ScopeValues
@@ -40,6 +43,7 @@ from llm_guard_mw.pricing import PriceBook, Unpriced
 from llm_guard_mw.reservation import (
     Claim,
     Plan,
+    Terms,
     claim_at_door,
     claim_of_charge,
     claim_of_request,
@@ -56,6 +60,9 @@ REFUSAL_EVENTS_PER_SECOND = 3
 
 #: Scope values of which this process remembers that the store has admitted them.
 ADMITTED_MAX = 10_000
+
+#: Callers of whom it remembers which balances they have.
+TERMS_MAX = 10_000
 
 #: What a new scope value beyond the day's bound counts as. A caller who says "*other" himself joins them.
 OTHER = "*other"
@@ -79,8 +86,7 @@ class Unguarded:
     """The store is away and the policy says "allow": nothing is held, nothing will be booked."""
 
 
-@dataclass(frozen=True, slots=True)
-class DoorEnding:
+class DoorEnding(msgspec.Struct, frozen=True, gc=False):
     """How a guarded request ended, as its door saw it.
 
     `status` is None when no answer began. `whole` says that the answer was passed on to its end. `reading` is
@@ -90,16 +96,6 @@ class DoorEnding:
     status: int | None = None
     whole: bool = True
     reading: Reading | None = None
-
-
-@dataclass(slots=True)
-class _Attempt:
-    answer: Exchange | Refusal | Unguarded = Unguarded()
-
-
-@dataclass(slots=True)
-class _Asking:
-    answer: Principal | Late = field(default_factory=lambda: Late("nobody is known"))
 
 
 class Desk:
@@ -120,6 +116,7 @@ class Desk:
         self.calls: dict[str, Call] = {}
         self.outbox: deque[Closing] = deque()
         self._admitted: OrderedDict[Stranger, None] = OrderedDict()
+        self._known_terms: dict[tuple[object, ...], Terms] = {}
         self._refusals: dict[Principal, _RefusalCount] = {}
         self._lock = threading.Lock()
 
@@ -168,17 +165,13 @@ class Desk:
         parent_id = outer.id if outer is not None else None
         return Call(id=new_call_id(), principal=principal, tags=said, route=None, till=self, parent_id=parent_id)
 
-    @contextmanager
-    def asking(self, *, needed: bool = True) -> Iterator[_Asking]:
-        """Who is calling? Nobody raises IdentityError, but not while observing, which refuses nobody."""
-        asking = _Asking()
-        try:
-            yield asking
-        except IdentityError as error:
-            if needed and not self.observing:
-                raise
-            if needed:
-                log.warning("would_refuse", code="unauthenticated", reason=str(error))
+    def nobody(self, error: IdentityError, *, needed: bool = True) -> Late:
+        """Nobody knows who is calling: an error, but not while observing, which refuses nobody."""
+        if needed and not self.observing:
+            raise error
+        if needed:
+            log.warning("would_refuse", code="unauthenticated", reason=str(error))
+        return Late("nobody is known")
 
     def identified(self, call: Call, principal: Principal | Late) -> None:
         """A late source has answered: from now on the call has a name."""
@@ -194,9 +187,8 @@ class Desk:
         claim = claim_at_door(self.policy, call, asked, self._rates_at_door(asked))
         return self._plan(call, claim)
 
-    def plan_named(self, call: Call, who: Principal | Late) -> Plan | None:
+    def plan_named(self, call: Call) -> Plan | None:
         """Exchange 0 once more, on the balances of a caller who is known only now. It has run: nothing refuses it."""
-        self.identified(call, who)
         door = call.door
         if not call.identified or door is None:
             return None
@@ -303,26 +295,19 @@ class Desk:
             self.settled(call)
         return outcome
 
-    @contextmanager
-    def opening(self, call: Call) -> Iterator[None]:
-        """On the way to a grant: what goes wrong is remembered for the door, and a call that never opens is gone."""
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, GuardError):
-                call.failure = error
-            if call.detached or call.id not in self.calls:
-                call.closed = True
-                self.calls.pop(call.id, None)
-                self.store.close_call_soon(call.id, lambda _error: None)
-            raise
+    def not_opened(self, call: Call, error: BaseException) -> None:
+        """It went wrong on the way to a grant: the door hears why, and a call that never opens is gone."""
+        if isinstance(error, GuardError):
+            call.failure = error
+        if call.detached or call.id not in self.calls:
+            call.closed = True
+            self.calls.pop(call.id, None)
+            self.store.close_call_soon(call.id, lambda _error: None)
 
     def _plan(self, call: Call, claim: Claim, takes: str | None = None) -> Plan:
         model = UNKNOWN_MODEL if claim.asked.model and claim.rates.flagged else claim.asked.model
-        limits = self._limits(call, model)
-        values = self._values(call, model, limits)
-        now = self.store.clock()
-        return plan(self.policy, call, claim, limits, values, number=call.next_number(), takes=takes, now_ms=now)
+        terms, now = self._terms(call, model), self.store.clock()
+        return plan(self.policy, call, claim, terms, number=call.next_number(), takes=takes, now_ms=now)
 
     def read(self, wish: Plan, outcome: Granted | Refused | ClockApart | TooLate) -> Exchange | Refusal:
         if isinstance(outcome, Granted | Refused):
@@ -330,31 +315,18 @@ class Desk:
             return self._refused(wish.call, answer, wish.number) if isinstance(answer, Refusal) else answer
         raise StoreUnavailable("the store answered too late")
 
-    @contextmanager
-    def undoing(self, wish: Plan) -> Iterator[_Attempt]:
-        """Whoever goes away while the store is asked (a cancelled task) takes the hold with it."""
-        attempt = _Attempt()
-        try:
-            with self.letting_pass(wish.call):
-                yield attempt
-        except StoreUnavailable:
-            raise
-        except BaseException:
-            self.settle_soon(settlement.undo(wish.wish.exchange, wish.call, wish.draft))
-            # Whoever closes the call frees what it may have joined.
-            joined = [demand.balance for demand in wish.wish.offers[0].demands if demand.kind is Kind.CONCURRENT]
-            wish.call.claimed.update(joined)
-            raise
+    def undo(self, wish: Plan) -> None:
+        """Give back what the store may have granted to somebody who did not wait for its answer."""
+        self.settle_soon(settlement.undo(wish.wish.exchange, wish.call, wish.draft))
+        # Whoever closes the call frees what it may have joined.
+        wish.call.joined |= any(demand.kind is Kind.CONCURRENT for demand in wish.wish.offers[0].demands)
 
-    @contextmanager
-    def letting_pass(self, call: Call) -> Iterator[None]:
+    def let_pass(self, call: Call, error: StoreUnavailable) -> Unguarded:
         """A store that is away stops the call, unless the rules say that it passes unguarded then."""
-        try:
-            yield
-        except StoreUnavailable as error:
-            if not self.lets_pass(call.route):
-                raise
-            log.warning("unguarded", reason=str(error), call_id=call.id)
+        if not self.lets_pass(call.route):
+            raise error
+        log.warning("unguarded", reason=str(error), call_id=call.id)
+        return Unguarded()
 
     def lets_pass(self, route: Route | None) -> bool:
         """Whether what cannot be guarded passes: so says `on_store_failure`, and so it is while observing."""
@@ -371,6 +343,23 @@ class Desk:
 
     # ------------------------------------------------------------ limits, scopes, values
 
+    def _terms(self, call: Call, model: str | None) -> Terms:
+        """The limits of a call and their balances; remembered, since most callers come again."""
+        route = None if call.route is None else call.route.name
+        # What no limit asks for is no part of what is remembered: a session's id would be new in every call.
+        tags = call.tags if call.tags.trusted and self.policy.asks_tags else call.tags.trusted
+        caller = route, call.principal, tags, _feature(call), model, call.identified
+        terms = self._known_terms.get(caller)
+        if terms is None:
+            limits = self._limits(call, model)
+            values, stranger = self._values(call, model, limits)
+            terms = Terms(limits, tuple([limit.balance(values) for limit in limits]))
+            if not stranger:
+                if len(self._known_terms) >= TERMS_MAX:
+                    self._known_terms = {}
+                self._known_terms[caller] = terms
+        return terms
+
     def _limits(self, call: Call, model: str | None = None) -> tuple[Limit, ...]:
         limits = self.policy.limits_for(call.route, call.principal, call.tags, feature=_feature(call), model=model)
         if call.identified:
@@ -378,17 +367,18 @@ class Desk:
         # Nobody is known (yet): what cannot be named is not counted, or all strangers would share one balance.
         return tuple([limit for limit in limits if _NAMELESS.issuperset(limit.scope)])
 
-    def _values(self, call: Call, model: str | None, limits: Iterable[Limit]) -> ScopeValues:
-        """What the call stands for; a value that the store has not admitted counts as `other`."""
+    def _values(self, call: Call, model: str | None, limits: Iterable[Limit]) -> tuple[ScopeValues, bool]:
+        """What the call stands for, and whether it is a stranger: a value not admitted (yet) counts as `other`."""
         values = self.policy.scope_values(call.route, call.principal, call.tags, feature=_feature(call), model=model)
+        stranger = False
         for parent, scope, value in _bounded_values(values, limits):
             if (parent, scope, value) not in self._admitted:
-                values = _as_other(values, scope)
-        return values
+                values, stranger = _as_other(values, scope), True
+        return values, stranger
 
     def strangers(self, call: Call) -> list[Stranger]:
         """Values that some limit counts by and that this process has not met: the store decides on their balance."""
-        if not call.tags.trusted:
+        if not (call.tags.trusted and self.policy.asks_tags):
             return []
         limits = self._limits(call)
         values = self.policy.scope_values(call.route, call.principal, call.tags, feature=_feature(call))
@@ -449,7 +439,7 @@ class Desk:
         if call.detached and not call.closed:
             call.closed = True
             self.calls.pop(call.id, None)
-            if call.claimed:
+            if call.joined:
                 self.store.close_call_soon(call.id, lambda _error: None)
             log_call(call, None)
 
@@ -526,18 +516,23 @@ class Desk:
         """Spend credits: reserved and settled as reserved. Raises LimitExceeded, and then nothing was spent."""
         claim = claim_of_charge(credits, provider, self.prices.price_version)
         wish = self._plan(call, claim)
-        with self.undoing(wish) as attempt:
+        try:
             outcome = self.store.reserve(wish.wish)
             while isinstance(outcome, ClockApart):
                 wish = wish.around(outcome.at)
                 outcome = self.store.reserve(wish.wish)
-            attempt.answer = self.read(wish, outcome)
-        if isinstance(attempt.answer, Refusal):
-            raise LimitExceeded(attempt.answer)
-        if isinstance(attempt.answer, Exchange):
-            closing = settlement.close_charge(attempt.answer)
-            call.events.append(closing.event)
-            self.settle_soon(closing)
+            answer = self.read(wish, outcome)
+        except StoreUnavailable as error:
+            self.let_pass(call, error)
+            return
+        except BaseException:
+            self.undo(wish)
+            raise
+        if isinstance(answer, Refusal):
+            raise LimitExceeded(answer)
+        closing = settlement.close_charge(answer)
+        call.events.append(closing.event)
+        self.settle_soon(closing)
 
     # ------------------------------------------------------------ what waits for the store
 

@@ -411,7 +411,7 @@ def _cap(asked: _Body) -> int | None:
                 group.max_token_count,
                 group.num_predict,
             )
-    caps = [cap for value in said if (cap := _whole(value)) is not None]
+    caps = [cap for value in said if value is not None and (cap := _whole(value)) is not None]
     return max(caps) if caps else None
 
 
@@ -420,12 +420,14 @@ def _choices(asked: _Body) -> int:
     for group in (asked.generation, asked.generation_snake):
         if group is not None:
             said += (group.candidates, group.candidates_snake)
-    choices = max((count for value in said if (count := _whole(value)) is not None), default=1)
+    choices = max([count for value in said if value is not None and (count := _whole(value)) is not None], default=1)
     return min(choices * _prompts(asked), _CHOICES_MAX)
 
 
 def _prompts(asked: _Body) -> int:
     """Completions answer every prompt of a list of texts or of token lists; a list of numbers is one prompt."""
+    if not len(asked.prompt):
+        return 1
     raw = bytes(asked.prompt).lstrip()
     if not raw.startswith(b"["):
         return 1
@@ -570,9 +572,9 @@ def _opaque_of(asked: _Body, model: str | None) -> Iterator[str]:
         ("cached_content", asked.cached_content),
         ("cached_content", asked.cached_content_snake),
     ):
-        if bytes(raw).strip() not in _EMPTY:
+        if len(raw) and bytes(raw).strip() not in _EMPTY:
             yield name
-    if bytes(asked.prompt).lstrip().startswith(b"{"):
+    if len(asked.prompt) and bytes(asked.prompt).lstrip().startswith(b"{"):
         yield "prompt_id"
     if model is not None and _searches(model):
         yield "web_search"

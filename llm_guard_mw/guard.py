@@ -23,8 +23,9 @@ from typing import Any
 
 from llm_guard_mw.call import Call, Exchange, enter, leave
 from llm_guard_mw.desk import Desk, DoorEnding, Unguarded
-from llm_guard_mw.errors import LimitExceeded
+from llm_guard_mw.errors import IdentityError, LimitExceeded, StoreUnavailable
 from llm_guard_mw.http import HttpRequest
+from llm_guard_mw.identity import Late
 from llm_guard_mw.logs import log
 from llm_guard_mw.model import Asked, Principal, Reading, Refusal
 from llm_guard_mw.policy import Route
@@ -64,27 +65,33 @@ class Guard(_Face):
 
     def call_for(self, request: HttpRequest, route: Route) -> Call:
         """The call that a request to a guarded route makes; nothing is held yet. Raises IdentityError."""
-        with self.desk.asking() as asking:
-            asking.answer = self.desk.identifier.identify(request)
-        return self.desk.start(request, route, asking.answer)
+        try:
+            who = self.desk.identifier.identify(request)
+        except IdentityError as error:
+            who = self.desk.nobody(error)
+        return self.desk.start(request, route, who)
 
     def enter(self, call: Call) -> Call | Refusal:
         """Hold exchange 0 of a call. Raises StoreUnavailable."""
-        with self.desk.opening(call):
+        try:
             self._admit(call)
             return self.desk.opened(call, self._reserve(self.desk.plan_door(call)))
+        except BaseException as error:
+            self.desk.not_opened(call, error)
+            raise
 
     def begin(self, asked: Asked) -> Exchange | Refusal | Unguarded:
         """Open an exchange for a real request to a provider, within the current call if there is one."""
         call = self.desk.call_of_capture()
-        with self.desk.opening(call):
+        try:
             if not call.identified and call.request is not None:
-                with self.desk.asking() as asking:
-                    asking.answer = self.desk.identifier.settle_late(call.request)
-                self.desk.identified(call, asking.answer)
+                self._identify(call, call.request)
             self._admit(call)
             plan = self.desk.plan_request(call, asked)
             return self.desk.begun(call, plan if isinstance(plan, Refusal) else self._reserve(plan))
+        except BaseException as error:
+            self.desk.not_opened(call, error)
+            raise
 
     def finish(self, exchange: Exchange, reading: Reading | None, *, status: int | None, ending: Ending) -> None:
         """The exchange's bytes have ended. Closing twice changes nothing; no error comes out."""
@@ -98,35 +105,47 @@ class Guard(_Face):
         if not call.identified and call.request is not None:
             with self.desk.tolerant("name"):
                 self._name(call, call.request)
-        with self.desk.tolerant("settle"):
-            for closing in self.desk.closings(call, ending):
-                self._settle(closing)
-        if call.claimed:
+        for closing in self.desk.closings(call, ending):
+            self._settle(closing)
+        if call.joined:
             with self.desk.tolerant("close_call"):
                 self.store.close_call(call.id)
         self.desk.closed(call, ending)
 
+    def _identify(self, call: Call, request: HttpRequest, *, needed: bool = True) -> None:
+        """A late source has its say, at the first exchange."""
+        try:
+            who: Principal | Late = self.desk.identifier.settle_late(request)
+        except IdentityError as error:
+            who = self.desk.nobody(error, needed=needed)
+        self.desk.identified(call, who)
+
     def _name(self, call: Call, request: HttpRequest) -> None:
         """Nothing was captured, so nobody was asked who is calling; what the call used is somebody's all the same."""
-        with self.desk.asking(needed=False) as asking:
-            asking.answer = self.desk.identifier.settle_late(request)
-        plan = self.desk.plan_named(call, asking.answer)
+        self._identify(call, request, needed=False)
+        plan = self.desk.plan_named(call)
         if plan is not None:
             self.desk.named(call, self._reserve(plan))
 
     def _admit(self, call: Call) -> None:
         for stranger in self.desk.strangers(call):
-            with self.desk.letting_pass(call):
+            try:
                 self.desk.met(stranger, self.store.admit(*stranger, self.desk.today(), self.desk.new_values_max))
+            except StoreUnavailable as error:
+                self.desk.let_pass(call, error)
 
     def _reserve(self, plan: Plan) -> Exchange | Refusal | Unguarded:
-        with self.desk.undoing(plan) as attempt:
+        try:
             outcome = self.store.reserve(plan.wish)
             while isinstance(outcome, ClockApart):
                 plan = plan.around(outcome.at)
                 outcome = self.store.reserve(plan.wish)
-            attempt.answer = self.desk.read(plan, outcome)
-        return attempt.answer
+            return self.desk.read(plan, outcome)
+        except StoreUnavailable as error:
+            return self.desk.let_pass(plan.call, error)
+        except BaseException:  # whoever goes away while the store is asked (a cancelled task) takes the hold with it
+            self.desk.undo(plan)
+            raise
 
     def _settle(self, closing: Closing) -> None:
         try:
@@ -146,27 +165,33 @@ class AsyncGuard(_Face):
 
     async def call_for(self, request: HttpRequest, route: Route) -> Call:
         """The call that a request to a guarded route makes; nothing is held yet. Raises IdentityError."""
-        with self.desk.asking() as asking:
-            asking.answer = await self.desk.identifier.aidentify(request)
-        return self.desk.start(request, route, asking.answer)
+        try:
+            who = await self.desk.identifier.aidentify(request)
+        except IdentityError as error:
+            who = self.desk.nobody(error)
+        return self.desk.start(request, route, who)
 
     async def enter(self, call: Call) -> Call | Refusal:
         """Hold exchange 0 of a call. Raises StoreUnavailable."""
-        with self.desk.opening(call):
+        try:
             await self._admit(call)
             return self.desk.opened(call, await self._reserve(self.desk.plan_door(call)))
+        except BaseException as error:
+            self.desk.not_opened(call, error)
+            raise
 
     async def begin(self, asked: Asked) -> Exchange | Refusal | Unguarded:
         """Open an exchange for a real request to a provider, within the current call if there is one."""
         call = self.desk.call_of_capture()
-        with self.desk.opening(call):
+        try:
             if not call.identified and call.request is not None:
-                with self.desk.asking() as asking:
-                    asking.answer = await self.desk.identifier.asettle_late(call.request)
-                self.desk.identified(call, asking.answer)
+                await self._identify(call, call.request)
             await self._admit(call)
             plan = self.desk.plan_request(call, asked)
             return self.desk.begun(call, plan if isinstance(plan, Refusal) else await self._reserve(plan))
+        except BaseException as error:
+            self.desk.not_opened(call, error)
+            raise
 
     async def finish(self, exchange: Exchange, reading: Reading | None, *, status: int | None, ending: Ending) -> None:
         """The exchange's bytes have ended. Closing twice changes nothing; no error comes out."""
@@ -180,35 +205,47 @@ class AsyncGuard(_Face):
         if not call.identified and call.request is not None:
             with self.desk.tolerant("name"):
                 await self._name(call, call.request)
-        with self.desk.tolerant("settle"):
-            for closing in self.desk.closings(call, ending):
-                await self._settle(closing)
-        if call.claimed:
+        for closing in self.desk.closings(call, ending):
+            await self._settle(closing)
+        if call.joined:
             with self.desk.tolerant("close_call"):
                 await self.store.close_call(call.id)
         self.desk.closed(call, ending)
 
+    async def _identify(self, call: Call, request: HttpRequest, *, needed: bool = True) -> None:
+        """A late source has its say, at the first exchange."""
+        try:
+            who: Principal | Late = await self.desk.identifier.asettle_late(request)
+        except IdentityError as error:
+            who = self.desk.nobody(error, needed=needed)
+        self.desk.identified(call, who)
+
     async def _name(self, call: Call, request: HttpRequest) -> None:
         """Nothing was captured, so nobody was asked who is calling; what the call used is somebody's all the same."""
-        with self.desk.asking(needed=False) as asking:
-            asking.answer = await self.desk.identifier.asettle_late(request)
-        plan = self.desk.plan_named(call, asking.answer)
+        await self._identify(call, request, needed=False)
+        plan = self.desk.plan_named(call)
         if plan is not None:
             self.desk.named(call, await self._reserve(plan))
 
     async def _admit(self, call: Call) -> None:
         for stranger in self.desk.strangers(call):
-            with self.desk.letting_pass(call):
+            try:
                 self.desk.met(stranger, await self.store.admit(*stranger, self.desk.today(), self.desk.new_values_max))
+            except StoreUnavailable as error:
+                self.desk.let_pass(call, error)
 
     async def _reserve(self, plan: Plan) -> Exchange | Refusal | Unguarded:
-        with self.desk.undoing(plan) as attempt:
+        try:
             outcome = await self.store.reserve(plan.wish)
             while isinstance(outcome, ClockApart):
                 plan = plan.around(outcome.at)
                 outcome = await self.store.reserve(plan.wish)
-            attempt.answer = self.desk.read(plan, outcome)
-        return attempt.answer
+            return self.desk.read(plan, outcome)
+        except StoreUnavailable as error:
+            return self.desk.let_pass(plan.call, error)
+        except BaseException:  # whoever goes away while the store is asked (a cancelled task) takes the hold with it
+            self.desk.undo(plan)
+            raise
 
     async def _settle(self, closing: Closing) -> None:
         try:

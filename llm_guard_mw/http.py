@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import msgspec
 import orjson
 
 from llm_guard_mw.arithmetic import utc
@@ -36,8 +37,9 @@ STRUCTURED_INTEGER_MAX = 999_999_999_999_999
 
 NANOS_PER_MICRO = 1000
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-@dataclass(frozen=True, slots=True)
+
 class HttpRequest:
     """A request as the core sees it.
 
@@ -48,29 +50,45 @@ class HttpRequest:
     itself writes there who they are.
     """
 
-    method: str
-    path: str
-    query: bytes = field(default=b"", repr=False)
-    headers: Headers = field(default=(), repr=False)  # with the caller's credential
-    peer: tuple[str, int] | None = None
-    body: bytes = field(default=b"", repr=False)
-    body_complete: bool = True
-    surroundings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    __slots__ = ("_first", "body", "body_complete", "headers", "method", "path", "peer", "query", "surroundings")
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        query: bytes = b"",
+        headers: Headers = (),
+        peer: tuple[str, int] | None = None,
+        body: bytes = b"",
+        body_complete: bool = True,
+        surroundings: Mapping[str, Any] = _NOTHING,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.peer = peer
+        self.body = body
+        self.body_complete = body_complete
+        self.surroundings = surroundings
+        self._first = dict(reversed(headers))  # a dozen look-ups follow
+
+    def __repr__(self) -> str:
+        """Without the caller's credential and words, which stand in all the other fields."""
+        return f"HttpRequest({self.method!r}, {self.path!r}, peer={self.peer!r})"
 
     def header(self, name: bytes) -> bytes | None:
         """The value of a header, or None. Of several the first: who must not be fooled asks `header_values`."""
-        for candidate, value in self.headers:
-            if candidate == name:
-                return value
-        return None
+        return self._first.get(name)
 
     def header_values(self, name: bytes) -> tuple[bytes, ...]:
         """All values of a header, in the order they came."""
+        if name not in self._first:
+            return ()
         return tuple([value for candidate, value in self.headers if candidate == name])
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """A complete response, ready to be sent through any door or handed to an SDK."""
 
     status: int
@@ -344,21 +362,26 @@ def ratelimit_headers(quotas: Iterable[Quota]) -> Headers:
     """
     policies, states = [], []
     for name, unit, quota, window_seconds, remaining, reset_seconds in quotas:
-        item = _structured_string(name)
-        policy = f"{item};q={_structured_integer(unit, quota)}{_UNIT_PARAMETERS[unit]}"
-        if window_seconds is not None and window_seconds > 0:
-            policy += f";w={window_seconds}"
-        state = f"{item};r={_structured_integer(unit, remaining)}"
+        state = f"{_structured_string(name)};r={_structured_integer(unit, remaining)}"
         if reset_seconds is not None:
             state += f";t={max(0, -int(-reset_seconds // 1))}"
-        policies.append(policy)
+        policies.append((name, unit, quota, window_seconds))
         states.append(state)
     if not policies:
         return ()
     return (
-        (b"ratelimit-policy", ", ".join(policies).encode("ascii")),
+        (b"ratelimit-policy", _policies(tuple(policies))),
         (b"ratelimit", ", ".join(states).encode("ascii")),
     )
+
+
+@lru_cache(maxsize=1024)  # the limits of a route: the same at every response
+def _policies(policies: tuple[tuple[str, Unit, int, int | None], ...]) -> bytes:
+    told = []
+    for name, unit, quota, window_seconds in policies:
+        policy = f"{_structured_string(name)};q={_structured_integer(unit, quota)}{_UNIT_PARAMETERS[unit]}"
+        told.append(f"{policy};w={window_seconds}" if window_seconds else policy)
+    return ", ".join(told).encode("ascii")
 
 
 _UNIT_PARAMETERS = {

@@ -27,13 +27,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Literal, get_args
 from uuid import UUID
 
 import orjson
+from msgspec.structs import replace
 
 from llm_guard_mw.bearer import BearerReader, JWTRules, jwt_mistakes
 from llm_guard_mw.errors import ConfigError, GuardError, IdentityError, Mistake
@@ -195,6 +196,7 @@ class Identifier:
         )
         sources = (*self._user, *self._tenant, *self._tier)
         self._callables = _resolve_callables(sources, sync_only=sync_only)
+        self._surroundings_asked = any(source.kind in SURROUNDING_KINDS for source in sources)
         self._identity_headers = frozenset(
             source.name.encode().replace(b"_", b"-") for source in sources if source.kind == "header"
         )
@@ -207,11 +209,11 @@ class Identifier:
 
     def identify(self, request: HttpRequest) -> Principal | Late:
         """Who this is, or Late. IdentityError: nobody, or a credential that is not valid."""
-        return self._drive(self._inquire(request))
+        return self._drive(self._inquire(request)) if self._callables else self._read(request)
 
     async def aidentify(self, request: HttpRequest) -> Principal | Late:
         """`identify`, where callables may be async."""
-        return await self._adrive(self._inquire(request))
+        return await self._adrive(self._inquire(request)) if self._callables else self._read(request)
 
     def settle_late(self, request: HttpRequest) -> Principal:
         """Ask again, at the first exchange of a call that was Late. Now it is somebody, anonymous, or nobody."""
@@ -281,8 +283,9 @@ class Identifier:
 
         `X_User_Id` is `X-User-Id` to every WSGI app and CGI script, so underscores are no way around.
         """
-        posing = {name for name, _ in request.headers if name.replace(b"_", b"-") in self._identity_headers}
-        return frozenset() if not posing or self.trusted(request) else frozenset(posing)
+        if not self._identity_headers or self.trusted(request):
+            return frozenset()
+        return frozenset([name for name, _ in request.headers if name.replace(b"_", b"-") in self._identity_headers])
 
     def warm(self) -> None:
         """Begin to read the signing keys, so that the first request finds them."""
@@ -296,16 +299,31 @@ class Identifier:
 
     # ------------------------------------------------------------ the inquiry
 
+    def _read(self, request: HttpRequest) -> Principal | Late:
+        """The whole inquiry where no callable has to be asked, as it is for most requests."""
+        facts = _Facts(request)
+        user, tenant, tier = [self._first_said(sources, facts) for sources in (self._user, self._tenant, self._tier)]
+        return self._conclude(Principal(user, tenant, tier), request)
+
+    def _first_said(self, sources: tuple[Source, ...], facts: _Facts) -> str | None:
+        for source in sources:
+            answer = self._look(source, facts)
+            if answer is not None:
+                return self._as_id(source, answer)
+        return None
+
     def _inquire(self, request: HttpRequest, *, last_time: bool = False) -> _Inquiry:
         facts = _Facts(request)
         user = yield from self._first_answer(self._user, facts)
         tenant = yield from self._first_answer(self._tenant, facts)
         tier = yield from self._first_answer(self._tier, facts)
-        known = Principal(user, tenant, tier)
+        return self._conclude(Principal(user, tenant, tier), request, last_time=last_time)
+
+    def _conclude(self, known: Principal, request: HttpRequest, *, last_time: bool = False) -> Principal | Late:
         waiting = None if last_time else self._waiting_for(known)
         if waiting is not None:
             return Late(f"{waiting.text} may answer once the app has authenticated its caller", known)
-        if user is not None or (not self._user and tenant is not None):
+        if known.user is not None or (not self._user and known.tenant is not None):
             return known
         return self._anonymous(known, request)
 
@@ -330,6 +348,8 @@ class Identifier:
             late = next((source for source in sources if source.may_answer_late), None)
             if late is not None or (self._user and self._rules.anonymous == "reject"):
                 return late
+        if not self._surroundings_asked:
+            return None
         missing = [
             sources for name, sources in ((known.tenant, self._tenant), (known.tier, self._tier)) if name is None
         ]
@@ -601,7 +621,11 @@ def _rewritten(request: HttpRequest) -> bool:
     """
     if request.peer is None:
         return False
-    return request.peer[1] == 0 or any(_split_port(entry) == tuple(request.peer) for entry in _forwarded_for(request))
+    if request.peer[1] == 0:
+        return True
+    if request.header(b"x-forwarded-for") is None:
+        return False
+    return any(_split_port(entry) == tuple(request.peer) for entry in _forwarded_for(request))
 
 
 def _forwarded_for(request: HttpRequest) -> list[str]:

@@ -144,7 +144,7 @@ class Keeper:
 
     def _renew(self) -> None:
         desk = self.desk
-        exchanges, calls = list(desk.open), [call.id for call in list(desk.calls.values()) if call.claimed]
+        exchanges, calls = list(desk.open), [call.id for call in list(desk.calls.values()) if call.joined]
         if not exchanges and not calls:
             return
         renewed = desk.store.renew(exchanges, calls, desk.policy.lease_seconds * 1000)

@@ -1,6 +1,8 @@
 """The nouns: what the account is made of.
 
-Everything here is a frozen value. Money is an `int` of nano-dollars, times are `int` milliseconds since
+Everything here is a frozen value: a `msgspec.Struct`, since a request makes dozens of them and a dataclass of so
+many fields costs ten times as much to make or amend (docs/decisions/0006); `Usage`, which apps see, is a dataclass.
+Money is an `int` of nano-dollars, times are `int` milliseconds since
 the Unix epoch (UTC), and nothing does I/O. The definitions are those of docs/explanation/accounting.md.
 
     Principal, Tags          who, and under which names the cost is reported
@@ -15,11 +17,12 @@ the Unix epoch (UTC), and nothing does I/O. The definitions are those of docs/ex
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
-from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
+
+import msgspec
 
 NANOS_PER_DOLLAR = 1_000_000_000
 
@@ -76,8 +79,7 @@ Decision = Literal["allow", "cache", "degrade", "reject"]
 RefusalCode = Literal["rate_limited", "budget_spent", "concurrency", "never_fits"]
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
+class Principal(msgspec.Struct, frozen=True, gc=False):
     """Who is calling, as far as the caller could prove it. None = not known; an empty string never occurs."""
 
     user: str | None = None
@@ -87,8 +89,7 @@ class Principal:
     anonymous: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Tags:
+class Tags(msgspec.Struct, frozen=True, gc=False):
     """The names under which a call is reported. `trusted` names may choose limits, the others are for reports only."""
 
     feature: str | None = None
@@ -142,8 +143,7 @@ class Reading:
     free: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True, gc=False):
     """What a usage is worth. `nanos` is None where no price is known and the rules allow that."""
 
     nanos: int | None
@@ -151,8 +151,7 @@ class Cost:
     flagged: str | None = None  # "ceiling": the provider's dearest price stood in; "unpriced"; None: a real price
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(msgspec.Struct, frozen=True, gc=False):
     """Upper bounds for a hold: whole nano-dollars a token, rounded up, the dearest tier of the model."""
 
     model: str | None
@@ -167,8 +166,7 @@ class Rates:
     hidden_output: bool = False  # it bills output that the caller never sees (reasoning)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, gc=False):
     """What a request to a provider asks for, read off its bytes."""
 
     api: str | None = None  # "openai.chat", ...; None: not a shape we know
@@ -192,16 +190,14 @@ class Asked:
 # ---------------------------------------------------------------- balances
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(msgspec.Struct, frozen=True, gc=False):
     """A stretch of time, `start <= t < end`, in ms since the epoch."""
 
     start: int
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(msgspec.Struct, frozen=True, gc=False):
     """What one offer wants from one balance.
 
     The amount claimed is `fixed + per_output * cap`, where the store may lower the cap (see `Offer`).
@@ -226,8 +222,7 @@ class Demand:
         return self.unit is Unit.REQUESTS
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(msgspec.Struct, frozen=True, gc=False):
     """One way to serve the request. The store grants the first offer that all its balances can bear.
 
     It may lower the output cap, but not below `at_least`; `at_least == cap` forbids that.
@@ -240,8 +235,7 @@ class Offer:
     at_least: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(msgspec.Struct, frozen=True, gc=False):
     """What an exchange holds on one balance, or (in the journal) what it moved there.
 
     `window_start` is fixed at reserve; it is 0 for whatever is not a calendar budget. `spent` marks requests,
@@ -259,8 +253,7 @@ class Line:
 # ---------------------------------------------------------------- the books
 
 
-@dataclass(frozen=True, slots=True)
-class UsageEvent:
+class UsageEvent(msgspec.Struct, frozen=True, gc=False):
     """One exchange in the books, append-only. The names are the contract of `events --format jsonl`.
 
     `at` is UTC in microseconds since the epoch. `input_tokens` and `output_tokens` are what was billed,
@@ -284,7 +277,7 @@ class UsageEvent:
     session_id: str | None = None
     experiment: str | None = None
     variant: str | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = msgspec.field(default_factory=dict)
     provider: str | None = None
     api: str | None = None
     requested_model: str | None = None
@@ -316,21 +309,7 @@ class UsageEvent:
     count: int = 1  # how many refusals a `refused` row stands for
 
 
-_EVENT_FIELDS = tuple(field.name for field in fields(UsageEvent))
-_EVENT_PLACES = {name: place for place, name in enumerate(_EVENT_FIELDS)}
-_event_values = attrgetter(*_EVENT_FIELDS)
-
-
-def amended(event: UsageEvent, **changes: Any) -> UsageEvent:
-    """`dataclasses.replace` for events, whose many fields make that one slow: it looks each up in Python."""
-    values = list(_event_values(event))
-    for name, value in changes.items():
-        values[_EVENT_PLACES[name]] = value
-    return UsageEvent(*values)
-
-
-@dataclass(frozen=True, slots=True)
-class JournalEntry:
+class JournalEntry(msgspec.Struct, frozen=True, gc=False):
     """One immutable entry of the journal: what moved, and the event that says why.
 
     `id` is `exchange/kind`, so that no exchange can be entered twice under one kind. `position` is the
@@ -349,8 +328,7 @@ class JournalEntry:
 # ---------------------------------------------------------------- what a caller is told
 
 
-@dataclass(frozen=True, slots=True)
-class Shortfall:
+class Shortfall(msgspec.Struct, frozen=True, gc=False):
     """One limit that stood in the way. Amounts are in the limit's unit (nano-dollars for USD)."""
 
     limit: str  # the notation, as written: "$2/day per user"
@@ -363,8 +341,7 @@ class Shortfall:
     by_holds: bool = False  # `spent` alone would not have refused: others' holds did
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True, gc=False):
     """Why a call is refused, and what the caller can do about it."""
 
     shortfalls: tuple[Shortfall, ...]

@@ -166,6 +166,8 @@ class Policy:
     unpriced: Literal["ceiling", "deny", "allow"] = "ceiling"
     _table: _RouteTable = field(init=False, compare=False, repr=False)
     _plans: Mapping[str | None, _Plan] = field(init=False, compare=False, repr=False)
+    #: Whether any limit looks at a tag beyond feature and tier: at a workflow, a session, a variant, a free tag.
+    asks_tags: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         limits, taken = with_own_slugs(self.limits, frozenset())
@@ -181,6 +183,8 @@ class Policy:
         object.__setattr__(self, "routes", routes)
         object.__setattr__(self, "_plans", plans)
         object.__setattr__(self, "_table", _RouteTable(routes))
+        every = [*everywhere, *[limit for route in routes for limit in route.limits]]
+        object.__setattr__(self, "asks_tags", any(map(_asks_tags, every)))
 
     def route(self, method: str, path: str) -> Route | None:
         """The first route in file order that guards `method` and `path`, None if none does."""
@@ -259,6 +263,11 @@ class _Plan:
             if len(self._kinds) < self._KINDS_MAX:
                 self._kinds[kind] = chosen
         return chosen
+
+
+def _asks_tags(limit: Limit) -> bool:
+    asked = {*limit.scope, *[key for key, _ in limit.conditions]}
+    return not asked <= {"global", "tenant", "user", "key", "tier", "feature", "model"}
 
 
 def _fact(key: str, principal: Principal, tags: Tags, feature: str | None, model: str | None) -> str | None:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
-from llm_guard_mw.arithmetic import next_window, wait_ticks, window_at
-from llm_guard_mw.balances import Limit, ScopeValues
+import msgspec
+from msgspec.structs import replace
+
+from llm_guard_mw.arithmetic import Period, next_window, wait_ticks, window_at
+from llm_guard_mw.balances import Limit
 from llm_guard_mw.call import Call, Exchange
 from llm_guard_mw.http import describe_refusal
 from llm_guard_mw.model import (
@@ -32,7 +34,6 @@ from llm_guard_mw.model import (
     Unit,
     UsageEvent,
     Window,
-    amended,
 )
 from llm_guard_mw.policy import Policy
 from llm_guard_mw.stores.journal import Estimate, encode_draft
@@ -48,8 +49,7 @@ UNKNOWN_MAX_OUTPUT = 16_384
 SOON_MS = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, gc=False):
     """What one exchange will use at most."""
 
     asked: Asked
@@ -80,8 +80,14 @@ class Claim:
         return 1, 0
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Terms(msgspec.Struct, frozen=True, gc=False):
+    """Which limits count for a call, and the balances they look at: the same for all calls of one caller."""
+
+    limits: tuple[Limit, ...]
+    balances: tuple[str, ...]
+
+
+class Plan(msgspec.Struct, frozen=True):
     """A wish on its way to the store, and what is needed to read the answer."""
 
     wish: Reserve
@@ -182,8 +188,7 @@ def plan(
     policy: Policy,
     call: Call,
     claim: Claim,
-    limits: Sequence[Limit],
-    values: ScopeValues,
+    terms: Terms,
     *,
     number: int,
     takes: str | None = None,
@@ -192,29 +197,29 @@ def plan(
     """The wish for one exchange: one offer, with a demand for each limit that this exchange counts against."""
     counted: list[Limit] = []
     demands: list[Demand] = []
-    for limit in limits:
-        balance = limit.balance(values)
-        if limit.unit in (Unit.REQUESTS, Unit.CONCURRENT) and balance in call.claimed:
+    charge = claim.credits is not None
+    for limit, balance in zip(terms.limits, terms.balances, strict=True):
+        unit = limit.unit
+        if unit is Unit.REQUESTS or unit is Unit.CONCURRENT:
+            if balance in call.claimed:
+                continue
+        elif charge is not (unit is Unit.CREDITS):
             continue
-        fixed, per_output = claim.per_unit(limit.unit)
-        if claim.credits is not None and limit.unit not in (Unit.CREDITS, Unit.REQUESTS, Unit.CONCURRENT):
-            continue
-        if claim.credits is None and limit.unit is Unit.CREDITS:
-            continue
+        fixed, per_output = claim.per_unit(unit)
         counted.append(limit)
         demands.append(_demand(limit, balance, fixed, per_output, now_ms))
     asked = claim.asked
     draft = _draft(call, claim, number)
-    offer = Offer("allow", asked.model, tuple(demands), cap=claim.cap, at_least=claim.at_least)
+    offer = Offer("allow", asked.model, tuple(demands), claim.cap, claim.at_least)
     fixed, per_output = claim.per_unit(Unit.USD)
     estimate = Estimate(
-        decision="allow",
-        model=asked.model,
-        input_tokens=claim.input_tokens,
-        fixed_nanos=None if claim.rates.flagged == "unpriced" or not claim.known else fixed,
-        output_nanos=per_output,
-        price_version=claim.rates.price_version,
-        choices=asked.choices,
+        "allow",
+        asked.model,
+        claim.input_tokens,
+        None if claim.rates.flagged == "unpriced" or not claim.known else fixed,
+        per_output,
+        claim.rates.price_version,
+        asked.choices,
     )
     wish = Reserve(
         exchange=f"{call.id}/{number}",
@@ -230,25 +235,36 @@ def plan(
 
 
 def _demand(limit: Limit, balance: str, fixed: int, per_output: int, now_ms: int) -> Demand:
-    bucket = limit.kind is Kind.BUCKET
-    return Demand(
-        balance=balance,
-        kind=limit.kind,
-        unit=limit.unit,
-        ceiling=limit.ceiling(),
-        fixed=fixed,
-        per_output=per_output,
-        rate=limit.amount if bucket else 0,
-        period=limit.period_ticks,
-        tick=limit.tick_ms if bucket else 1,
-        windows=_windows(limit, now_ms) if limit.kind is Kind.CALENDAR else (),
-    )
+    kind = limit.kind
+    if kind is Kind.BUCKET:
+        return Demand(
+            balance,
+            kind,
+            limit.unit,
+            limit.full,
+            fixed,
+            per_output,
+            rate=limit.amount,
+            period=limit.period_ticks,
+            tick=limit.tick_ms,
+        )
+    if kind is Kind.CALENDAR:
+        return Demand(balance, kind, limit.unit, limit.full, fixed, per_output, windows=_windows(limit, now_ms))
+    return Demand(balance, kind, limit.unit, limit.full, fixed, per_output)
 
 
-def _windows(limit: Limit, at: int) -> tuple[Window, ...]:
+#: The present and the next window of each kind of calendar that the limits have: they are the same all day.
+_present: dict[tuple[Period, int, str], tuple[Window, Window]] = {}
+
+
+def _windows(limit: Limit, at: int) -> tuple[Window, Window]:
     assert limit.period is not None  # noqa: S101 - calendar limits have one, for the type checker
-    present = window_at(limit.period, limit.anchor, limit.timezone, at)
-    return present, next_window(limit.period, limit.anchor, limit.timezone, present)
+    calendar = limit.period, limit.anchor, limit.timezone
+    windows = _present.get(calendar)
+    if windows is None or not windows[0].start <= at < windows[0].end:
+        present = window_at(*calendar, at)
+        windows = _present[calendar] = present, next_window(*calendar, present)
+    return windows
 
 
 def _draft(call: Call, claim: Claim, number: int) -> UsageEvent:
@@ -302,8 +318,11 @@ def _granted(plan: Plan, granted: Granted) -> Exchange:
     offer = plan.wish.offers[granted.offer]
     with call.lock:
         for limit, demand in zip(plan.limits, offer.demands, strict=True):
-            if limit.unit in (Unit.REQUESTS, Unit.CONCURRENT):
+            if limit.unit is Unit.REQUESTS:
                 call.claimed.add(demand.balance)
+            elif limit.unit is Unit.CONCURRENT:
+                call.claimed.add(demand.balance)
+                call.joined = True
         if granted.took:
             call.door = None
     if granted.short:
@@ -319,7 +338,7 @@ def _granted(plan: Plan, granted: Granted) -> Exchange:
         rates=claim.rates,
         draft=plan.draft
         if not lowered
-        else amended(plan.draft, estimated_output_tokens=_estimated_output(plan, granted)),
+        else replace(plan.draft, estimated_output_tokens=_estimated_output(plan, granted)),
         started=plan.started,
         lease_end=granted.lease_end,
         decision=offer.decision,

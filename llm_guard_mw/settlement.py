@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace as amended
 
 from llm_guard_mw.call import Call, Exchange, Record
 from llm_guard_mw.estimate import count_text
-from llm_guard_mw.model import Basis, Cost, EntryKind, Kind, Line, Reading, Unit, Usage, UsageEvent, amended
+from llm_guard_mw.model import Basis, Cost, EntryKind, Kind, Line, Reading, Unit, Usage, UsageEvent
 from llm_guard_mw.pricing import PriceBook
 from llm_guard_mw.reservation import Plan
 from llm_guard_mw.stores.journal import encode_event
@@ -28,16 +31,14 @@ from llm_guard_mw.stores.protocol import LATE_SETTLE_MS, Moved, Settlement
 Ending = Literal["complete", "cut", "error", "not_sent"]
 
 
-@dataclass(frozen=True, slots=True)
-class Closing:
+class Closing(msgspec.Struct, frozen=True, gc=False):
     """A settlement for the store, and the event it records."""
 
     settlement: Settlement
     event: UsageEvent
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
+class _Verdict(msgspec.Struct, frozen=True, gc=False):
     basis: Basis
     usage: Usage | None
     cost: Cost
@@ -210,7 +211,13 @@ def _closing(
         at=time.time_ns() // 1000,
         tags=dict(exchange.call.tags.free),
         model=usage.model or exchange.draft.model,
-        **_tokens_of(usage),
+        input_tokens=usage.input_tokens,
+        cached_input_tokens=usage.cached_input_tokens,
+        cache_write_tokens=usage.cache_write_tokens,
+        output_tokens=usage.output_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        audio_input_tokens=usage.audio_input_tokens,
+        audio_output_tokens=usage.audio_output_tokens,
         cost_nanos=verdict.cost.nanos,
         price_version=verdict.cost.price_version,
         basis=verdict.basis,
@@ -225,10 +232,8 @@ def _closing(
         decision=exchange.decision,
         degraded=exchange.degraded,
     )
-    moved = tuple(
-        Moved(line, _actual(line, verdict, usage, exchange, released=kind is EntryKind.RELEASE))
-        for line in exchange.granted.lines
-    )
+    released = kind is EntryKind.RELEASE
+    moved = tuple([Moved(line, _actual(line, verdict, usage, exchange, released)) for line in exchange.granted.lines])
     payload = encode_event(event, held_nanos=held_nanos(exchange), held_credits=exchange.credits)
     settlement = Settlement(exchange.id, exchange.call.id, kind, exchange.lease_end, moved, payload)
     return Closing(settlement, event)
@@ -247,7 +252,7 @@ def _tokens_of(usage: Usage) -> dict[str, int | None]:
     }
 
 
-def _actual(line: Line, verdict: _Verdict, usage: Usage, exchange: Exchange, *, released: bool) -> int:
+def _actual(line: Line, verdict: _Verdict, usage: Usage, exchange: Exchange, released: bool) -> int:
     """What really went, in the line's unit. Requests stay spent; what nobody said is booked as held."""
     if line.spent:
         return line.amount

@@ -205,11 +205,12 @@ _TOKENIZERS = tuple(
     )
 )
 _OTHER_TOKENIZER = Tokenizer(percent=125, digits=True)
+_OPENAIS = Tokenizer()
 
 
 def tokenizer_of(model: str | None) -> Tokenizer:
     """The tokenizer to count a model's text by. Without a model it is OpenAI's."""
-    return _tokenizer_of(model.lower()) if model and len(model) <= 128 else Tokenizer()
+    return _tokenizer_of(model.lower()) if model and len(model) <= 128 else _OPENAIS
 
 
 @lru_cache(maxsize=1024)
@@ -269,10 +270,10 @@ def _count(text: str, name: VocabularyName) -> int | None:
     if encoding is None:
         return None
     try:
-        return sum(
-            len(encoding.encode_ordinary(text[start : start + SLICE_CHARS]))
-            for start in range(0, len(text), SLICE_CHARS)
-        )
+        if len(text) <= SLICE_CHARS:
+            return len(encoding.encode_ordinary(text))
+        slices = range(0, len(text), SLICE_CHARS)
+        return sum([len(encoding.encode_ordinary(text[start : start + SLICE_CHARS])) for start in slices])
     except Exception:
         return None
     except BaseException as panic:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from queue import SimpleQueue
 
+import msgspec
+
 from llm_guard_mw.call import Exchange
 from llm_guard_mw.capture.unasked import UnaskedUsage
 from llm_guard_mw.desk import Desk, Unguarded
@@ -104,7 +106,7 @@ def _begun(
     desk: Desk, asked: Asked, outgoing: Outgoing, outcome: Exchange | Refusal | Unguarded
 ) -> Tap | Answer | None:
     if isinstance(outcome, Refusal):
-        return refusal_answer(outcome if outcome.api else replace(outcome, api=asked.api))
+        return refusal_answer(outcome if outcome.api else msgspec.structs.replace(outcome, api=asked.api))
     if isinstance(outcome, Unguarded):
         return None
     tap = Tap(desk, outcome)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from datetime import datetime
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -21,7 +20,7 @@ from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Unit, UsageE
 #: One row as the database driver wants it: column name to value.
 Row = dict[str, Any]
 
-EVENT_FIELDS = tuple(field.name for field in fields(UsageEvent))
+EVENT_FIELDS = UsageEvent.__struct_fields__
 
 #: What a report can be grouped by, and what a DailyUsage row stands for; free tags come on top.
 DIMENSIONS = (

@@ -11,15 +11,14 @@ do the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
+from msgspec.structs import replace
 
-from llm_guard_mw.model import Basis, Decision, EntryKind, UsageEvent, amended
+from llm_guard_mw.model import Basis, Decision, EntryKind, UsageEvent
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     """What one offer would cost if its hold were booked: `fixed_nanos + output_nanos * cap`."""
 
     decision: Decision
@@ -34,14 +33,12 @@ class Estimate:
         return None if self.fixed_nanos is None else self.fixed_nanos + self.output_nanos * cap
 
 
-@dataclass(frozen=True, slots=True)
-class _Draft:
+class _Draft(msgspec.Struct, frozen=True, gc=False):
     event: UsageEvent
     offers: tuple[Estimate, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Closing:
+class _Closing(msgspec.Struct, frozen=True, gc=False):
     event: UsageEvent
     held_nanos: int | None = None
     held_credits: int | None = None
@@ -69,12 +66,12 @@ def read_event(kind: EntryKind, at: int, payload: bytes, *, offer: int | None, c
     closing = _decode_closing(payload)
     if kind is EntryKind.CORRECTION:
         return _correction(closing)
-    return closing.event if closing.event.kind is kind else amended(closing.event, kind=kind)
+    return closing.event if closing.event.kind is kind else replace(closing.event, kind=kind)
 
 
 def _abandoned(draft: _Draft, at: int, offer: int, cap: int) -> UsageEvent:
     estimate = draft.offers[offer]
-    return amended(
+    return replace(
         draft.event,
         kind=EntryKind.ABANDONED,
         at=at * 1000,
@@ -97,4 +94,4 @@ def _correction(closing: _Closing) -> UsageEvent:
     event = closing.event
     cost = None if event.cost_nanos is None else event.cost_nanos - (closing.held_nanos or 0)
     credits = None if event.credits is None else event.credits - (closing.held_credits or 0)
-    return amended(event, kind=EntryKind.CORRECTION, cost_nanos=cost, credits=credits)
+    return replace(event, kind=EntryKind.CORRECTION, cost_nanos=cost, credits=credits)

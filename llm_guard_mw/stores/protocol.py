@@ -15,9 +15,10 @@ Every operation is idempotent by exchange id, so a caller that lost the reply ma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+import msgspec
 
 from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Offer
 
@@ -33,8 +34,7 @@ GRACE_MS = 1000
 # ---------------------------------------------------------------- what goes in
 
 
-@dataclass(frozen=True, slots=True)
-class Reserve:
+class Reserve(msgspec.Struct, frozen=True, gc=False):
     """A wish: grant the first of `offers` that fits, for exchange `exchange` of call `call`.
 
     `takes` names an exchange whose money and token lines are left out of the check, as if they were gone; when
@@ -53,16 +53,14 @@ class Reserve:
     force: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(msgspec.Struct, frozen=True, gc=False):
     """One line of a settlement: what was held there, and what it really was."""
 
     line: Line  # line.amount is what was held (0 in a booking without a hold)
     actual: int
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(msgspec.Struct, frozen=True, gc=False):
     """The end of an exchange. `kind` is SETTLE or RELEASE; the store may make it a CORRECTION or an ORPHAN.
 
     `payload` is what the journal keeps: `journal.encode_event`. `fresh` books what never had a hold (usage
@@ -82,8 +80,7 @@ class Settlement:
 # ---------------------------------------------------------------- what comes out
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True, gc=False):
     """How one balance of the granted or refused offer stands, in the order of its demands."""
 
     spent: int  # bucket: drained to now
@@ -93,8 +90,7 @@ class Standing:
     window_end: int | None = None  # ms; None where nothing resets
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(msgspec.Struct, frozen=True, gc=False):
     """`offers[offer]` was granted with output cap `cap`. `lines` are what is now held (or spent, for requests).
 
     `standings` are after the grant. `short` are the demands that stood in the way of a forced grant. `took` says
@@ -111,8 +107,7 @@ class Granted:
     took: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True, gc=False):
     """No offer fitted. `standings[i]` and `short[i]` belong to `offers[i]`; `short` are indices of its demands."""
 
     standings: tuple[tuple[Standing, ...], ...]
@@ -120,15 +115,13 @@ class Refused:
     at: int
 
 
-@dataclass(frozen=True, slots=True)
-class ClockApart:
+class ClockApart(msgspec.Struct, frozen=True, gc=False):
     """None of the windows sent contains the store's time `at`: ask again with windows around it."""
 
     at: int
 
 
-@dataclass(frozen=True, slots=True)
-class TooLate:
+class TooLate(msgspec.Struct, frozen=True, gc=False):
     """The reserve arrived after its `not_after`, or its exchange has ended already. Nothing was done."""
 
     at: int
@@ -144,16 +137,14 @@ class Settled(StrEnum):
     TOO_LATE = "too_late"  # more than an hour past its lease: nothing moved
 
 
-@dataclass(frozen=True, slots=True)
-class Renewed:
+class Renewed(msgspec.Struct, frozen=True, gc=False):
     """The leases now end at `lease_end`; the exchanges in `gone` are no longer held."""
 
     lease_end: int
     gone: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class BalanceState:
+class BalanceState(msgspec.Struct, frozen=True, gc=False):
     """One balance as it stands; concurrency is not one.
 
     `changes` grows with every movement, so that `verify` can tell a quiet one.
@@ -167,8 +158,7 @@ class BalanceState:
     changes: int
 
 
-@dataclass(frozen=True, slots=True)
-class HoldState:
+class HoldState(msgspec.Struct, frozen=True, gc=False):
     """One open hold."""
 
     exchange: str
@@ -177,8 +167,7 @@ class HoldState:
     lines: tuple[Line, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
+class Unreadable(msgspec.Struct, frozen=True, gc=False):
     """A journal entry whose payload cannot be read: the drain puts it aside, with what it moved."""
 
     id: str

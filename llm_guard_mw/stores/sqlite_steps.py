@@ -9,9 +9,9 @@ from __future__ import annotations
 import secrets
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import msgspec
+from msgspec.structs import replace
 
 from llm_guard_mw.arithmetic import MS_PER_DAY, drain
 from llm_guard_mw.model import FOREVER, Demand, EntryKind, JournalEntry, Kind, Line, Offer, Unit, Window

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from llm_guard_mw.model import Basis, EntryKind, JournalEntry, Line, Window
 from llm_guard_mw.stores.journal import encode_event

@@ -8,13 +8,13 @@ import json
 import os
 import time
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from llm_guard_mw.estimate import describe, image_tokens, upper_tokens
 from llm_guard_mw.model import Asked

@@ -19,7 +19,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from llm_guard_mw.arithmetic import MS_PER_DAY, drain
 from llm_guard_mw.model import Demand, EntryKind, JournalEntry, Kind, Line, Offer, Window
@@ -152,7 +155,7 @@ class ReferenceStore:
                 seen.append(Balance(demand.kind, spent=len(self._members_now(now, demand.balance))))
                 continue
             kept = self._balances.get(demand.balance)
-            balance = Balance(demand.kind) if kept is None else replace(kept)
+            balance = Balance(demand.kind) if kept is None else copy(kept)
             if demand.kind is Kind.CALENDAR:
                 window = _window_of(demand.windows, now)
                 if window is None:
@@ -459,7 +462,7 @@ def _silent(balance: Balance, since: int) -> bool:
     if balance.kind is Kind.CALENDAR:
         return balance.window_end is not None and balance.window_end <= since
     if balance.kind is Kind.BUCKET and balance.rate:
-        at_leisure = replace(balance)
+        at_leisure = copy(balance)
         at_leisure.drain_to(since)
         return at_leisure.spent == 0 and at_leisure.stamp <= since // balance.tick
     return False

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from llm_guard_mw.model import EXACT_MAX, Basis, EntryKind, UsageEvent
 from llm_guard_mw.stores.journal import Estimate, encode_draft, encode_event, read_event
