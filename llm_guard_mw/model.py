@@ -123,8 +123,7 @@ class Usage:
     parts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """What a meter knows once the bytes have ended.
 
     `ended` says that the protocol's own end was seen (a closed JSON body, `[DONE]`, `message_stop`), so that

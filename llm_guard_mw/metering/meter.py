@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Final
 
+from msgspec.structs import replace as amended
+
 from llm_guard_mw.metering.billed import BilledResponses
 from llm_guard_mw.metering.decoding import GZIP_MAGIC, Decoder, Undecodable, decoder_for
 from llm_guard_mw.metering.dialects import COUNTING, DIALECTS, Dialect, Notes, recognised
@@ -167,7 +169,7 @@ class Meter:
         )
         inner.feed(head)
         reading = inner.finish()
-        return reading if tail is None else replace(reading, ended=False)
+        return reading if tail is None else amended(reading, ended=False)
 
     def _judge(self, answer: Answer, head: bytes, tail: bytes | None) -> Reading:
         dialect = _dialect_of(self._api, answer)
@@ -303,10 +305,10 @@ def _metered_once(
         billed.note(provider, reading.response_id)
         return reading
     if reading.usage is None:
-        return replace(reading, text=None, free="repeated")
+        return amended(reading, text=None, free="repeated")
     if notes.background and reading.usage.exact and billed.note(provider, reading.response_id):
         return reading
-    return replace(reading, usage=None, text=None, free="repeated")
+    return amended(reading, usage=None, text=None, free="repeated")
 
 
 def _header(headers: Mapping[str, str], name: str) -> str | None:

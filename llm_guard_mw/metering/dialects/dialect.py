@@ -21,8 +21,7 @@ _EMPTY: Doc = {}
 _CODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}\Z")
 
 
-@dataclass(slots=True)
-class Notes:
+class Notes(msgspec.Struct):
     """What has been read of one answer so far. Documents are noted in the order they came."""
 
     provider: str | None = None
