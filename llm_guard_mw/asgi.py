@@ -37,7 +37,7 @@ from llm_guard_mw.http import (
     unavailable_answer,
 )
 from llm_guard_mw.logs import log
-from llm_guard_mw.metering import Meter
+from llm_guard_mw.metering import BilledResponses, Meter, count_headers
 from llm_guard_mw.model import Kind, Reading, Refusal
 from llm_guard_mw.policy import Route
 from llm_guard_mw.process import ConfigLike, Installation, install
@@ -199,7 +199,9 @@ class _Passage:
         assert start is not None  # noqa: S101 - only called while it is held
         assert self.call is not None  # noqa: S101 - no answer runs without a call
         if self.call.captures == 0:
-            self.meter = _meter_for(self.route, start["status"], start.get("headers", ()))
+            self.meter = _meter_for(
+                self.route, start["status"], start.get("headers", ()), self.installation.desk.billed
+            )
         self.started = True
         await self.downstream({**start, "headers": [*start.get("headers", ()), *_our_headers(self.call)]})
 
@@ -302,7 +304,9 @@ def _without(scope: Scope, names: frozenset[bytes]) -> Scope:
 # ---------------------------------------------------------------- the answer
 
 
-def _meter_for(route: Route, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Meter | None:
+def _meter_for(
+    route: Route, status: int, headers: Iterable[tuple[bytes, bytes]], billed: BilledResponses
+) -> Meter | None:
     """A meter on the route's own answer; what captures and `record` say comes before what it reads."""
     if route.usage == "captured":
         return None
@@ -312,6 +316,8 @@ def _meter_for(route: Route, status: int, headers: Iterable[tuple[bytes, bytes]]
         content_type=_text(named.get(b"content-type")),
         content_encoding=_text(named.get(b"content-encoding")),
         status=status,
+        headers=count_headers(route.api, named.items()),
+        billed=billed,
     )
 
 

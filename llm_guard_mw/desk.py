@@ -26,6 +26,7 @@ from llm_guard_mw.estimate import describe
 from llm_guard_mw.http import HttpRequest
 from llm_guard_mw.identity import Identifier, Late, read_tags
 from llm_guard_mw.logs import log, log_call
+from llm_guard_mw.metering import BilledResponses
 from llm_guard_mw.model import (
     Asked,
     EntryKind,
@@ -115,6 +116,7 @@ class Desk:
         self.open: dict[str, Exchange] = {}
         self.calls: dict[str, Call] = {}
         self.outbox: deque[Closing] = deque()
+        self.billed = BilledResponses()
         self._admitted: OrderedDict[Stranger, None] = OrderedDict()
         self._known_terms: dict[tuple[object, ...], Terms] = {}
         self._refusals: dict[Principal, _RefusalCount] = {}

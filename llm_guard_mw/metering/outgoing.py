@@ -210,6 +210,9 @@ _BEDROCK_HOST = re.compile(
 )
 _OLLAMA_PORT = ":11434"
 
+#: Whoever is known by a host.
+PROVIDER_NAMES: Final = (*dict.fromkeys(provider for _, provider in _HOSTS), "bedrock", "bedrock-mantle")
+
 _FAMILIES = {"anthropic": "anthropic", "google": "gemini", "vertex": "gemini"}
 
 

@@ -97,6 +97,17 @@ def metrics_in(docs: Iterable[Doc]) -> Doc | None:
     return None
 
 
+def count_headers(api: str | None, headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str] | None:
+    """Of an answer's headers those that count, for a meter; None of any other api's, which has none."""
+    if api is None or not api.startswith("bedrock."):
+        return None
+    return {
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in headers
+        if name.lower().startswith(HEADER_PREFIX.encode())
+    }
+
+
 def counts_in(headers: Mapping[str, str]) -> Doc:
     """The counts in an answer's headers, under the names of the metrics."""
     counts: Doc = {}

@@ -14,6 +14,7 @@ from llm_guard_mw.metering.dialects.dialect import (
     no_text,
     object_of,
     objects_of,
+    rounded_up,
     says_something,
     text_of,
 )
@@ -49,7 +50,7 @@ def _note(doc: Doc, notes: Notes) -> None:
     notes.ended = notes.ended or over
     usage = object_of(doc.get("usage"))
     notes.identify(doc.get("model"), doc.get("id"), usage.get("service_tier"))
-    if says_something(usage):
+    if says_something(usage) or rounded_up(usage.get("seconds")) is not None:
         notes.usage, notes.usage_final = usage, True
     notes.error = error_of(doc.get("error")) or notes.error
 
