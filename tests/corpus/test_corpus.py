@@ -8,6 +8,7 @@ import base64
 import gzip
 import json
 import os
+import random
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
@@ -35,6 +36,9 @@ FIELDS = {
     "audio_output_tokens": "output_audio_tokens",
 }
 EQUAL_AT_LEAST = 0.99
+DEEP = os.environ.get("LLM_GUARD_HYPOTHESIS") == "deep"
+#: How often each stream is cut anew.
+SPLITTINGS = 200 if DEEP else 4
 #: Gateways that were recorded on hosts of no telling name.
 NAMELESS_HOSTS = {
     "local-openai-compatible",
@@ -108,6 +112,21 @@ def test_recorded_usage_is_read_as_it_was_sent(corpus: tuple[Row, ...], named: b
     assert sum(equal.values()) >= EQUAL_AT_LEAST * total, different
 
 
+def test_the_shape_of_a_body_tells_as_much_as_its_name(corpus: tuple[Row, ...]) -> None:
+    for row in corpus:
+        named = usage_of(row, row["api"], row["provider"])
+
+        assert usage_of(row, "auto", None) == named, row["id"]
+        assert usage_of(row, "some.new.api", "some-new-provider") == named, row["id"]
+
+
+def test_the_model_is_the_one_that_answered(corpus: tuple[Row, ...]) -> None:
+    for row in corpus:
+        usage, due = usage_of(row, row["api"], row["provider"]), row["expected"]
+        if usage is not None and due["model_source"] in ("response", "request"):
+            assert usage.model == due["model"], row["id"]
+
+
 def test_no_row_of_any_family_raises_or_breaks_the_meter(corpus: tuple[Row, ...]) -> None:
     for row in corpus:
         meter = Meter(row["api"], provider=row["provider"], content_type=row["response_content_type"])
@@ -154,6 +173,23 @@ def test_a_recorded_request_is_identified(corpus: tuple[Row, ...]) -> None:
 
         assert api == row["api"], row["id"]
         assert provider == row["provider"] or row["provider"] in NAMELESS_HOSTS, row["id"]
+
+
+def test_every_recorded_stream_reads_the_same_however_it_is_cut(corpus: tuple[Row, ...]) -> None:
+    chance = random.Random(20261121)
+    for row in corpus:
+        if row["framing"] in ("json", "empty"):
+            continue
+        body = body_of(row)
+        whole = Meter(row["api"], provider=row["provider"])
+        whole.feed(body)
+        for _ in range(SPLITTINGS):
+            cuts = sorted(chance.sample(range(len(body) + 1), min(chance.randrange(1, 40), len(body))))
+            meter = Meter(row["api"], provider=row["provider"])
+            for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True):
+                meter.feed(body[start:end])
+
+            assert meter.finish() == whole.finish(), (row["id"], cuts)
 
 
 @settings(max_examples=300, deadline=None)

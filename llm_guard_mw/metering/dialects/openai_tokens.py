@@ -127,13 +127,12 @@ def _leaves_reasoning_out(usage: Doc, notes: Notes, left: int | None) -> bool:
     if notes.provider == "xai":
         return left != 0
     # `market_cost` is in no other gateway's usage.
-    return notes.provider == "vercel-gateway" or (notes.provider is None and "market_cost" in usage)
+    return notes.provider == "vercel-gateway" or "market_cost" in usage
 
 
 def _is_gemini(notes: Notes) -> bool:
-    if notes.provider is None:
-        return (notes.model or "").removeprefix("google/").startswith("gemini")
-    return notes.provider in _GOOGLE
+    """Whoever passes it on, the model says so; and Google's endpoint serves nothing else that thinks unseen."""
+    return notes.provider in _GOOGLE or (notes.model or "").rpartition("/")[2].startswith("gemini")
 
 
 def _parts(usage: Doc, asked: Doc, wrote: Doc, notes: Notes) -> Mapping[str, int]:
