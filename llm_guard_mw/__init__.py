@@ -1,6 +1,7 @@
 """The spend guard in front of AI routes: quotas and budgets held before, exact usage settled after.
 
 app.add_middleware(GuardMiddleware, config="llm_guard.toml")     # ASGI: FastAPI, Starlette, ...
+app.wsgi_app = WSGIGuardMiddleware(app.wsgi_app, config=...)     # WSGI: Flask, Django, ...
 client = capture(AsyncOpenAI())                                  # every call of this client is held and metered
 current_call()                                                   # in a handler: who is calling, record, charge
 """
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from llm_guard_mw.config import load_config
     from llm_guard_mw.metering import read_usage
     from llm_guard_mw.process import AsyncGuard, Guard
+    from llm_guard_mw.wsgi import WSGIGuardMiddleware
 
 __all__ = [
     "AsyncGuard",
@@ -28,6 +30,7 @@ __all__ = [
     "IdentityError",
     "LimitExceeded",
     "StoreUnavailable",
+    "WSGIGuardMiddleware",
     "capture",
     "current_call",
     "load_config",
@@ -41,6 +44,7 @@ _HOMES = {
     "AsyncGuard": "llm_guard_mw.process",
     "Guard": "llm_guard_mw.process",
     "GuardMiddleware": "llm_guard_mw.asgi",
+    "WSGIGuardMiddleware": "llm_guard_mw.wsgi",
     "capture": "llm_guard_mw.capture",
     "current_call": "llm_guard_mw.call",
     "load_config": "llm_guard_mw.config",

@@ -13,32 +13,17 @@ Rule 3. An error of ours before the grant follows `on_store_failure`; after it, 
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-import msgspec
-
 from llm_guard_mw.call import Call, enter, leave
 from llm_guard_mw.desk import DoorEnding
-from llm_guard_mw.errors import IdentityError, LimitExceeded, StoreUnavailable
 from llm_guard_mw.guard import AsyncGuard, to_its_end
-from llm_guard_mw.http import (
-    Answer,
-    Headers,
-    HttpRequest,
-    Quota,
-    guard_headers,
-    identity_answer,
-    ratelimit_headers,
-    refusal_answer,
-    strip,
-    unavailable_answer,
-)
+from llm_guard_mw.http import Answer, Headers, HttpRequest, strip
 from llm_guard_mw.logs import log
-from llm_guard_mw.metering import BilledResponses, Meter, count_headers
-from llm_guard_mw.model import Kind, Reading, Refusal
+from llm_guard_mw.metering import Meter
+from llm_guard_mw.model import Reading, Refusal
+from llm_guard_mw.passage import FAILED, answer_instead, answer_to_refusal, answer_unopened, meter_for, our_headers
 from llm_guard_mw.policy import Route
 from llm_guard_mw.process import ConfigLike, Installation, install
 
@@ -48,9 +33,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-#: Statuses that an app gives when its own SDK call failed: behind them our refusal may stand.
-_FAILED = 500
 
 
 class GuardMiddleware:
@@ -132,24 +114,15 @@ class _Passage:
 
     async def _open(self, request: HttpRequest) -> Answer | None:
         """Open the call; an Answer when the request goes no further. Neither call nor Answer: it passes unguarded."""
-        api, call_id = self.route.api, ""
+        call_id = ""
         try:
             call = await self.guard.call_for(request, self.route)
             call_id = call.id
             outcome = await self.guard.enter(call)
-        except IdentityError as error:
-            _tell_once_about_identity(str(error))
-            return identity_answer(error, api=api)
-        except StoreUnavailable as error:
-            log.warning("store_away", step="reserve", reason=str(error))
-            return unavailable_answer(error, api=api, call_id=call_id)
-        except Exception:
-            log.exception("door_failed", route=self.route.name)
-            if self.installation.desk.lets_pass(self.route):
-                return None
-            return unavailable_answer(StoreUnavailable("the guard failed before the grant"), api=api, call_id=call_id)
+        except Exception as error:
+            return answer_unopened(error, self.installation.desk, self.route, call_id)
         if isinstance(outcome, Refusal):
-            return refusal_answer(outcome, headers=ratelimit_headers(_quotas(call)))
+            return answer_to_refusal(call, outcome)
         self.call = outcome
         return None
 
@@ -158,7 +131,7 @@ class _Passage:
             await self.app(scope, receive, self._send)
         except Exception as error:
             # Whatever the app made of a refused SDK call, its caller should hear of the refusal.
-            answer = self._instead(error)
+            answer = answer_instead(call, self.route, error)
             if self.started or answer is None:
                 raise
             await self._replace(answer)
@@ -173,9 +146,10 @@ class _Passage:
         if kind == "http.response.start":
             self.held_start = message
             self.status = message["status"]
-            answer = self._instead() if self.status == _FAILED else None
-            if answer is not None:
-                await self._replace(answer)
+            if self.status == FAILED and self.call is not None:
+                answer = answer_instead(self.call, self.route)
+                if answer is not None:
+                    await self._replace(answer)
             return
         if kind == "http.response.body":
             if self.held_start is not None:
@@ -198,28 +172,11 @@ class _Passage:
         start, self.held_start = self.held_start, None
         assert start is not None  # noqa: S101 - only called while it is held
         assert self.call is not None  # noqa: S101 - no answer runs without a call
-        if self.call.captures == 0:
-            self.meter = _meter_for(
-                self.route, start["status"], start.get("headers", ()), self.installation.desk.billed
-            )
+        self.meter = meter_for(
+            self.call, self.route, start["status"], start.get("headers", ()), self.installation.desk.billed
+        )
         self.started = True
-        await self.downstream({**start, "headers": [*start.get("headers", ()), *_our_headers(self.call)]})
-
-    def _instead(self, error: Exception | None = None) -> Answer | None:
-        """What our caller should hear instead of the app's failure, if that came of a refusal of ours."""
-        call, api = self.call, self.route.api
-        if call is None:
-            return None
-        failure = error if isinstance(error, LimitExceeded) else call.failure
-        if isinstance(failure, IdentityError):
-            return identity_answer(failure, api=api, call_id=call.id)
-        if isinstance(failure, StoreUnavailable):
-            return unavailable_answer(failure, api=api, call_id=call.id)
-        refusal = failure.refusal if isinstance(failure, LimitExceeded) else call.refusal
-        if refusal is None:
-            return None
-        # The route's own callers get the route's shape, whichever provider the app was talking to.
-        return refusal_answer(msgspec.structs.replace(refusal, api=api), headers=ratelimit_headers(_quotas(call)))
+        await self.downstream({**start, "headers": [*start.get("headers", ()), *our_headers(self.call)]})
 
     async def _replace(self, answer: Answer) -> None:
         """Send our answer instead of the app's."""
@@ -304,46 +261,6 @@ def _without(scope: Scope, names: frozenset[bytes]) -> Scope:
 # ---------------------------------------------------------------- the answer
 
 
-def _meter_for(
-    route: Route, status: int, headers: Iterable[tuple[bytes, bytes]], billed: BilledResponses
-) -> Meter | None:
-    """A meter on the route's own answer; what captures and `record` say comes before what it reads."""
-    if route.usage == "captured":
-        return None
-    named = {bytes(name).lower(): bytes(value) for name, value in headers}
-    return Meter(
-        route.api,
-        content_type=_text(named.get(b"content-type")),
-        content_encoding=_text(named.get(b"content-encoding")),
-        status=status,
-        headers=count_headers(route.api, named.items()),
-        billed=billed,
-    )
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("latin-1")
-
-
-def _our_headers(call: Call) -> Headers:
-    headers = guard_headers(call_id=call.id, decision=call.decision, cost_nanos=call.cost_nanos)
-    return headers + ratelimit_headers(_quotas(call))
-
-
-def _quotas(call: Call) -> Iterable[Quota]:
-    now = time.time_ns() // 1_000_000
-    for limit, standing in list(call.standings.values()):  # a thread of the app may capture meanwhile
-        ceiling = limit.full
-        window = reset = None
-        if limit.kind is Kind.BUCKET and limit.period_ms:
-            window = max(1, limit.period_ms // 1000)
-            reset = standing.spent * limit.period_ms / limit.amount / 1000
-        elif limit.kind is Kind.CALENDAR and standing.window_end is not None:
-            window = (standing.window_end - standing.window_start) // 1000
-            reset = (standing.window_end - now) / 1000
-        yield Quota(limit.slug, limit.unit, ceiling, window, ceiling - standing.spent - standing.held, reset)
-
-
 async def _send_answer(send: Send, answer: Answer) -> None:
     await send({"type": "http.response.start", "status": answer.status, "headers": list(answer.headers)})
     await send({"type": "http.response.body", "body": answer.body})
@@ -394,9 +311,3 @@ def _warn_about_missing_routes(app: Any, installation: Installation) -> None:
             return
         if not found:
             log.warning("route_not_found", route=route.name, path=route.path, fix="name a path that the app has")
-
-
-@functools.cache
-def _tell_once_about_identity(reason: str) -> None:
-    """The first 401 of its kind is told aloud: whoever has just put the guard in looks for the reason."""
-    log.warning("unauthenticated", reason=reason, fix='name a source under [identity], or set anonymous = "ip"')

@@ -21,7 +21,7 @@ import asyncio
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from llm_guard_mw.call import Call, Exchange, enter, leave
+from llm_guard_mw.call import Call, Exchange, current_call, enter, leave
 from llm_guard_mw.desk import Desk, DoorEnding, Unguarded
 from llm_guard_mw.errors import IdentityError, LimitExceeded, StoreUnavailable
 from llm_guard_mw.http import HttpRequest
@@ -268,7 +268,7 @@ class UserBlock:
         return self._entered(Guard(self.desk).enter(call))
 
     def __exit__(self, *raised: object) -> None:
-        leave(self.token)
+        self._left(raised)
         Guard(self.desk).close(self.call, DoorEnding())
 
     async def __aenter__(self) -> Call:
@@ -276,15 +276,27 @@ class UserBlock:
         return self._entered(await AsyncGuard(self.desk).enter(call))
 
     async def __aexit__(self, *raised: object) -> None:
-        leave(self.token)
+        self._left(raised)
         await to_its_end(AsyncGuard(self.desk).close(self.call, DoorEnding()))
 
     def _entered(self, outcome: Call | Refusal) -> Call:
+        self.outer = current_call()
         if isinstance(outcome, Refusal):
+            self._tell_outer(outcome)
             raise LimitExceeded(outcome)
         self.call = outcome
         self.token = enter(outcome)
         return outcome
+
+    def _left(self, raised: tuple[object, ...]) -> None:
+        leave(self.token)
+        if raised[0] is not None:
+            self._tell_outer(self.call.refusal)
+
+    def _tell_outer(self, refusal: Refusal | None) -> None:
+        """A door around this block may see no more than the 500 that a framework makes of the exception."""
+        if self.outer is not None and refusal is not None:
+            self.outer.refusal = refusal
 
 
 async def to_its_end(closing: Coroutine[Any, Any, None]) -> None:

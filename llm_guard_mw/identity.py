@@ -195,9 +195,12 @@ class Identifier:
             for texts in (rules.user, rules.tenant, rules.tier)
         )
         sources = (*self._user, *self._tenant, *self._tier)
-        self._callables = _resolve_callables(sources, sync_only=sync_only)
+        self._callables = _resolve_callables(sources)
+        if sync_only:
+            self.refuse_async()
         self._surroundings_asked = any(source.kind in SURROUNDING_KINDS for source in sources)
-        self._identity_headers = frozenset(
+        #: The names of all headers that pose as identity, with dashes.
+        self.identity_headers = frozenset(
             source.name.encode().replace(b"_", b"-") for source in sources if source.kind == "header"
         )
         self._proxies = _Proxies(rules.trusted_proxies)
@@ -283,9 +286,20 @@ class Identifier:
 
         `X_User_Id` is `X-User-Id` to every WSGI app and CGI script, so underscores are no way around.
         """
-        if not self._identity_headers or self.trusted(request):
+        if not self.identity_headers or self.trusted(request):
             return frozenset()
-        return frozenset([name for name, _ in request.headers if name.replace(b"_", b"-") in self._identity_headers])
+        return frozenset([name for name, _ in request.headers if name.replace(b"_", b"-") in self.identity_headers])
+
+    def refuse_async(self) -> None:
+        """A door without an event loop says so when it is made: ConfigError if a callable is async."""
+        mistakes = [
+            mistake
+            for text, called in self._callables.items()
+            if _is_async(called)
+            for mistake in _async_in_sync(parse_source(text)).mistakes
+        ]
+        if mistakes:
+            raise ConfigError(mistakes)
 
     def warm(self) -> None:
         """Begin to read the signing keys, so that the first request finds them."""
@@ -526,7 +540,7 @@ def _cookie(source: Source, request: HttpRequest) -> object:
 # ---------------------------------------------------------------- callables
 
 
-def _resolve_callables(sources: Iterable[Source], *, sync_only: bool) -> dict[str, Callable[[HttpRequest], Any]]:
+def _resolve_callables(sources: Iterable[Source]) -> dict[str, Callable[[HttpRequest], Any]]:
     found, mistakes = {}, []
     for source in sources:
         if source.kind != "callable" or source.text in found:
@@ -535,9 +549,6 @@ def _resolve_callables(sources: Iterable[Source], *, sync_only: bool) -> dict[st
             found[source.text] = _resolve_callable(source)
         except ValueError as error:
             mistakes.append(Mistake("identity", f"{source.text}: {error}", "name a callable as module:callable"))
-            continue
-        if sync_only and _is_async(found[source.text]):
-            mistakes.extend(_async_in_sync(source).mistakes)
     if mistakes:
         raise ConfigError(mistakes)
     return found

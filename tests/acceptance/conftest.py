@@ -1,4 +1,4 @@
-"""Real processes: uvicorn with its workers, a SQLite file, and a provider that keeps its own books."""
+"""Real processes: servers with their workers, a SQLite file, and a provider that keeps its own books."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def provider_url(provider: StandIn) -> Iterator[str]:
 
 @dataclass
 class Served:
-    """An app served by uvicorn, and its books as another process sees them."""
+    """An app and its server, and its books as another process sees them."""
 
     url: str
     database: str
@@ -96,12 +96,28 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return servers.emptied(request.param).url
 
 
+#: How each server is started: `{port}` and `{workers}` are filled in. Those of WSGI serve `wsgi_app.py`.
+SERVERS = {
+    "uvicorn": "uvicorn tests.acceptance.app:app --port {port} --workers {workers} --log-level warning"
+    " --no-proxy-headers",
+    "gunicorn-sync": "gunicorn -k sync --bind 127.0.0.1:{port} --workers {workers} --no-control-socket"
+    " --log-level warning tests.acceptance.wsgi_app:app",
+    "gunicorn-gthread": "gunicorn -k gthread --threads 16 --bind 127.0.0.1:{port} --workers {workers}"
+    " --no-control-socket --log-level warning tests.acceptance.wsgi_app:app",
+    "gunicorn-gevent": "gunicorn -k gevent --bind 127.0.0.1:{port} --workers {workers} --no-control-socket"
+    " --log-level warning tests.acceptance.wsgi_app:app",
+    "waitress": "waitress --listen 127.0.0.1:{port} --threads 16 tests.acceptance.wsgi_app:app",
+    "granian": "granian --interface wsgi --host 127.0.0.1 --port {port} --workers {workers} --blocking-threads 16"
+    " --no-ws --log-level warning tests.acceptance.wsgi_app:app",
+}
+
+
 @pytest.fixture
 def serve(tmp_path: Path, provider_url: str, store_url: str) -> Iterator[Callable[..., Served]]:
-    """Serve `app.py` with this configuration by so many workers: `serve(3, limits=[...])`."""
+    """Serve an app with this configuration by so many workers: `serve(3, limits=[...], server="granian")`."""
     processes: list[subprocess.Popen[bytes]] = []
 
-    def start(workers: int, **config: str) -> Served:
+    def start(workers: int, *more: str, server: str = "uvicorn", **config: str) -> Served:
         database = f"sqlite:///{tmp_path / 'guard.db'}"
         lines = [
             f'store = "{store_url}"',
@@ -116,12 +132,12 @@ def serve(tmp_path: Path, provider_url: str, store_url: str) -> Iterator[Callabl
         path.write_text("\n".join(lines) + "\n")
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        log = tmp_path / "uvicorn.log"
-        command = [sys.executable, "-m", "uvicorn", "tests.acceptance.app:app", "--port", str(port)]
+        log = tmp_path / f"{server}.log"
+        command = SERVERS[server].format(port=port, workers=workers).split()
         environment = {**os.environ, "LLM_GUARD_CONFIG": str(path), "PROVIDER_URL": provider_url}
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*command, "--workers", str(workers), "--log-level", "warning", "--no-proxy-headers"],
+                [sys.executable, "-m", *command, *more],
                 cwd=ROOT,
                 env=environment,
                 stdout=output,

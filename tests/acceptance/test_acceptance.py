@@ -38,10 +38,11 @@ def worth(provider: StandIn) -> int:
     return sum(row.input_tokens * 150 + row.output_tokens * 600 for row in provider.rows if row.status == 200)
 
 
+@pytest.mark.parametrize(("server", "workers"), [("uvicorn", 3), ("gunicorn-sync", 4), ("gunicorn-gthread", 4)])
 def test_300_concurrent_calls_never_overrun_a_tenants_budget_and_the_rest_is_sold(
-    serve: Callable[..., Served], provider: StandIn, figures: Callable[..., None]
+    server: str, workers: int, serve: Callable[..., Served], provider: StandIn, figures: Callable[..., None]
 ) -> None:
-    served = serve(3, limits='["$0.0015/day per tenant"]')
+    served = serve(workers, server=server, limits='["$0.0015/day per tenant"]')
 
     async def storm() -> list[int]:
         limits = httpx2.Limits(max_connections=300, max_keepalive_connections=0)
@@ -75,7 +76,7 @@ def test_300_concurrent_calls_never_overrun_a_tenants_budget_and_the_rest_is_sol
     events = [event for event in served.events() if event["kind"] == "settle"]
     assert len(events) == len([row for row in provider.rows if row.status == 200])
     figures(
-        "300 concurrent calls, 3 workers",
+        f"300 concurrent calls, {server}, {workers} workers, {served.store.partition(':')[0]}",
         seconds=f"{lasted:.1f}",
         granted=stormy[200],
         refused=stormy[429],
@@ -86,12 +87,21 @@ def test_300_concurrent_calls_never_overrun_a_tenants_budget_and_the_rest_is_sol
     )
 
 
+@pytest.mark.parametrize(
+    ("server", "workers", "clients"), [("uvicorn", 2, 12), ("gunicorn-sync", 4, 4), ("gunicorn-gthread", 2, 12)]
+)
 def test_a_worker_killed_in_mid_stream_loses_nothing(
-    serve: Callable[..., Served], provider: StandIn, figures: Callable[..., None]
+    server: str,
+    workers: int,
+    clients: int,
+    serve: Callable[..., Served],
+    provider: StandIn,
+    figures: Callable[..., None],
 ) -> None:
-    served = serve(2, lease_seconds="2", limits='["$1/day per tenant", "50 concurrent per tenant"]')
+    limits = '["$1/day per tenant", "50 concurrent per tenant"]'
+    served = serve(workers, server=server, lease_seconds="2", limits=limits)
 
-    streams = asyncio.run(_streams_until_a_worker_dies(served))
+    streams = asyncio.run(_streams_until_a_worker_dies(served, clients))
     died = time.monotonic()
     lost = [stream for stream in streams if not stream.whole]
     with httpx2.Client(base_url=served.url, headers=WHO, timeout=60) as client:
@@ -111,7 +121,7 @@ def test_a_worker_killed_in_mid_stream_loses_nothing(
     assert len(events) == len(provider.rows)  # none missing
     assert len({(event["call_id"], event["attempt"]) for event in events}) == len(events)  # none twice
     figures(
-        "kill -9 in mid-stream, lease 2 s",
+        f"kill -9 in mid-stream, {server}, {served.store.partition(':')[0]}, lease 2 s",
         streams=len(streams),
         killed=len(lost),
         booked_after=f"{booked_after:.1f} s",
@@ -133,9 +143,9 @@ class Streaming:
     whole: bool = False
 
 
-async def _streams_until_a_worker_dies(served: Served) -> list[Streaming]:
-    """Read a dozen streams side by side; when all have begun, the worker of the first is killed."""
-    streams = [Streaming() for _ in range(12)]
+async def _streams_until_a_worker_dies(served: Served, count: int) -> list[Streaming]:
+    """Read some streams side by side; when all have begun, the worker of the first is killed."""
+    streams = [Streaming() for _ in range(count)]
     all_begun = asyncio.Event()
     slow = {"q": "Tell me all, in 60 words!", "standin": "gap-ms=40"}
 

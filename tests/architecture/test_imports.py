@@ -47,9 +47,11 @@ FLOORS = {
     "stores": 3,
     "config": 4,
     "config_file": 4,
+    "passage": 4,
     "process": 4,
     "asgi": 5,
     "capture": 5,
+    "wsgi": 5,
     "cli": 6,
     "": 7,  # the package's own table of contents
 }

@@ -8,16 +8,22 @@ the real ones; the provider is the stand-in.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import gc
+import io
 import json
+import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from wsgiref.validate import validator
 
+import flask
 import openai
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -26,7 +32,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from llm_guard_mw import GuardMiddleware, capture, current_call, process
+from llm_guard_mw import GuardMiddleware, WSGIGuardMiddleware, capture, current_call, process
 from llm_guard_mw.cli.demo.standin import StandIn
 from llm_guard_mw.ledger import verify
 
@@ -205,7 +211,7 @@ class Sent:
     headers: Mapping[str, str] = field(default_factory=dict)
     peer: tuple[str, int] | None = PEER
     hang_up_after: int | None = None  # body chunks; the client goes away then
-    scope: Mapping[str, Any] = field(default_factory=dict)
+    scope: Mapping[str, Any] = field(default_factory=dict)  # more of the ASGI scope, or of the WSGI environ
 
     def raw_headers(self) -> list[tuple[bytes, bytes]]:
         named = {"content-type": "application/json", **self.headers}
@@ -582,5 +588,223 @@ async def drive(app: Any, sent: Sent) -> Reply:
     return reply
 
 
+# ---------------------------------------------------------------- WSGI
+
+
+class WsgiDoor(Door):
+    """Flask behind `WSGIGuardMiddleware`; what its handlers raise passes to the server, as it does in Starlette.
+
+    PEP 3333 is watched over on both sides of the guard, and its server changes threads wherever it may.
+    """
+
+    name = "wsgi"
+
+    def __init__(self, config: Mapping[str, Any], handlers: Mapping[str, Sequence[Any]], provider: StandIn, url: str):
+        super().__init__(config, handlers, provider, url)
+        app = flask.Flask(__name__)
+        app.config["PROPAGATE_EXCEPTIONS"] = True
+        for path in self.handlers:
+            app.add_url_rule(path, path, functools.partial(self._serve, path), methods=_METHODS)
+        strict = validator(WSGIGuardMiddleware(validator(app.wsgi_app), config=config))
+        lenient = WSGIGuardMiddleware(app.wsgi_app, config=config)
+
+        def door(environ: Any, start_response: Any) -> Any:
+            # Of an input without a length Werkzeug reads the whole, as PEP 3333 allows and its validator does not.
+            return (lenient if "wsgi.input_terminated" in environ else strict)(environ, start_response)
+
+        self.app: Any = door
+
+    def together(self, *requests: Sent) -> list[Reply]:
+        with concurrent.futures.ThreadPoolExecutor(len(requests)) as pool:
+            return list(pool.map(functools.partial(drive_wsgi, self.app), requests))
+
+    # -- the app
+
+    def _serve(self, path: str) -> flask.Response:
+        seen: dict[str, Any] = {
+            "headers": {name.lower(): value for name, value in flask.request.headers.items()},
+            "body": flask.request.get_data(),
+        }
+        self.seen.append(seen)
+        work = _SyncWork(self)
+        call = current_call()
+        seen["call"] = None if call is None else call.id
+        for step in self.handlers[path]:
+            work.perform(step)
+        return work.answer()
+
+
+class _SyncWork:
+    """Performs one handler's steps in the thread of its request."""
+
+    def __init__(self, door: WsgiDoor) -> None:
+        self.door = door
+        self.said: list[Any] = []
+        self.response: flask.Response | None = None
+        self.later: Later | None = None
+
+    def answer(self) -> flask.Response:
+        body = json.dumps({"said": self.said}).encode()
+        response = self.response or flask.Response(body, mimetype="application/json")
+        if self.later is not None:
+            response.call_on_close(functools.partial(self._after, self.later))
+        return response
+
+    def _after(self, later: Later) -> None:
+        for step in later.steps:
+            self.perform(step)
+
+    def perform(self, step: Any) -> None:
+        match step:
+            case Ask():
+                self.said.append(perform_sync(self.door, step))
+            case Embed():
+                answer = self.door.sync_client.embeddings.create(model=step.model, input=step.text)
+                self.said.append(len(answer.data))
+            case Background():
+                try:
+                    self.door.sync_client.responses.create(model="gpt-4o-mini", input=PROMPT, background=True)
+                except openai.APIStatusError as error:
+                    if not step.catch:
+                        raise
+                    self.said.append(error.status_code)
+            case AtOnce():
+                contexts = [contextvars.copy_context() for _ in step.steps]
+                with concurrent.futures.ThreadPoolExecutor(len(contexts)) as pool:
+                    list(pool.map(lambda context, inner: context.run(self.perform, inner), contexts, step.steps))
+            case InThread() if step.bare:
+                self.said.append(_in_bare_thread(self.door, step.step))
+            case InThread():
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    context = contextvars.copy_context()
+                    self.said.append(pool.submit(context.run, perform_sync, self.door, step.step).result())
+            case AsUser():
+                with process.Guard().as_user(**step.who):
+                    for inner in step.steps:
+                        self.perform(inner)
+            case Later():
+                self.later = step
+            case Outlive():
+                context = contextvars.copy_context()
+                threading.Thread(target=context.run, args=(self._outlive, current_call(), step.step)).start()
+            case Wait():
+                self.door.gate.wait(DEADLINE_SECONDS)
+            case Say():
+                self.response = _flask_response(step)
+            case Words():
+                self.response = flask.Response(self._words(step), mimetype="text/plain")
+            case _:
+                perform_sync(self.door, step)
+
+    def _outlive(self, call: Any, step: Any) -> None:
+        until(lambda: call.closed, "the call is closed")
+        try:
+            self.perform(step)
+        except Exception as error:
+            self.door.background.append(error)
+        else:
+            self.door.background.append("done")
+
+    def _words(self, step: Words) -> Iterator[bytes]:
+        if step.first:
+            yield step.first
+        for each in step.asks:
+            with self.door.sync_client.chat.completions.create(**each.arguments(), stream=True) as stream:
+                for chunk in stream:
+                    if chunk.choices and chunk.choices[0].delta.content:
+                        yield chunk.choices[0].delta.content.encode()
+
+
+def _flask_response(say: Say) -> flask.Response:
+    if isinstance(say.body, list):
+        return flask.Response(iter(say.body), say.status, mimetype=say.kind or "text/plain")
+    body = say.body if isinstance(say.body, bytes) else json.dumps(say.body or {}).encode()
+    return flask.Response(body, say.status, mimetype=say.kind or "application/json")
+
+
+def environ_of(sent: Sent) -> dict[str, Any]:
+    """What a server makes of a request. A body in chunks has no length, and an end that the input tells."""
+    body = b"".join(sent.body_chunks())
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": sent.method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": sent.path,
+        "QUERY_STRING": "",
+        "SERVER_NAME": "127.0.0.1",
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+    }
+    if sent.chunks is None:
+        environ["CONTENT_LENGTH"] = str(len(body))
+    else:
+        environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+    if sent.peer is not None:
+        environ |= {"REMOTE_ADDR": sent.peer[0], "REMOTE_PORT": str(sent.peer[1])}
+    for name, value in sent.raw_headers():
+        key = name.decode().upper().replace("-", "_")
+        environ[key if key == "CONTENT_TYPE" else f"HTTP_{key}"] = value.decode()
+    return {**environ, **sent.scope}
+
+
+def drive_wsgi(app: Any, sent: Sent) -> Reply:
+    """Put one request through a WSGI app as a server would, each step in a context of its own; hang up when told to."""
+    reply = Reply()
+    head: list[Any] = []
+    gone = sent.hang_up_after
+
+    def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], None]:
+        if exc_info is not None and reply.status is not None:
+            raise exc_info[1]
+        assert exc_info is not None or not head, "two answers to one request"
+        head[:] = status, headers
+        return send
+
+    def send(data: bytes) -> None:
+        if data or reply.whole:
+            assert head, "a body before its head"
+            if reply.status is None:
+                status, headers = head
+                reply.status = int(status.split(" ")[0])
+                reply.headers = {name.lower(): value for name, value in headers}
+                assert len(reply.headers) == len(headers), headers
+        if data:
+            reply.chunks.append(data)
+
+    def elsewhere(step: Callable[..., Any], *arguments: Any) -> Any:
+        """In another thread, which knows nothing of the one before."""
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(step, *arguments).result()
+
+    def serve() -> None:
+        iterable = app(environ_of(sent), start_response)
+        try:
+            iterator = iter(iterable)
+            while gone is None or len(reply.chunks) < gone:
+                chunk = elsewhere(next, iterator, None)
+                if chunk is None:
+                    reply.whole = True
+                    send(b"")
+                    break
+                send(chunk)
+        finally:
+            if hasattr(iterable, "close"):
+                elsewhere(iterable.close)
+
+    try:
+        contextvars.Context().run(serve)
+    except Exception as error:
+        reply.error, reply.whole = error, False
+    if reply.error is not None and reply.status is None:
+        reply.status = 500  # what every server answers then
+    return reply
+
+
 #: Every door there is; `doors` in conftest.py runs the scenarios through each.
-DOORS: Sequence[type[Door]] = (AsgiDoor,)
+DOORS: Sequence[type[Door]] = (AsgiDoor, WsgiDoor)

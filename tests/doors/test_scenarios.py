@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import openai
 import pytest
@@ -501,7 +502,8 @@ def test_a_request_without_any_cap_gets_the_models_own_maximum_lowered_by_the_bu
 
 
 def test_each_attempt_of_a_retrying_sdk_is_an_exchange_of_its_own(door: Open) -> None:
-    opened = door({"/api/chat": [Ask(retries=2, standin="status=500, times=1, id=retry")]}, route={"limits": [RICH]})
+    once = f"status=500, times=1, id={uuid4().hex}"
+    opened = door({"/api/chat": [Ask(retries=2, standin=once)]}, route={"limits": [RICH]})
 
     reply = opened.request()
 
@@ -703,6 +705,16 @@ def test_a_block_whose_user_has_nothing_left_is_refused_on_entry(door: Open) -> 
 
     assert reply.status == 429
     assert reply.error is None or isinstance(reply.error, LimitExceeded)
+
+
+def test_a_refusal_inside_of_a_block_for_another_user_is_answered_with_our_429(door: Open) -> None:
+    block = AsUser({"user": "bert"}, [Ask()])
+    opened = door({"/api/chat": [block]}, limits=["$0.00001/day per user"], route={"usage": "captured"})
+
+    reply = opened.request()
+
+    assert reply.status == 429
+    assert reply.json()["code"] == "never_fits"
 
 
 # ---------------------------------------------------------------- who is calling

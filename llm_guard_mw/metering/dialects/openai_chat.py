@@ -43,6 +43,8 @@ def note_completion(doc: Doc, notes: Notes) -> None:
             reason = choice.get("finish_reason")
             over = over or bool(reason)
             error = error or error_of(choice.get("error"))
+            if not usage and isinstance(choice.get("usage"), dict):
+                usage = choice["usage"]  # Moonshot's streams have it there
             if reason == "error":
                 error = error or "error"
     if says_something(usage):

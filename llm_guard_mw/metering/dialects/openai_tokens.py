@@ -5,6 +5,7 @@ leave something out, and then `total_tokens` often proves it:
 
     total = prompt + completion + reasoning     xAI, also through Azure: reasoning stands beside the completion
     total = prompt + completion + audio         Mistral: audio stands beside the prompt
+    total = prompt + completion + cache         gateways that pass Anthropic's counts on in this shape
     total = prompt + completion + connectors    Mistral's conversations: what their tools read stands beside it, too
     total > prompt + completion                 Gemini's compatible endpoint: the rest was thought
     total = prompt + completion, all the same   Vercel's gateway leaves reasoning out of both; its cost proves that
@@ -52,6 +53,12 @@ def read_tokens(usage: Doc, notes: Notes, *, output_follows: bool = True) -> Usa
     if reasoning is None:
         reasoning = count_of(said("reasoning_tokens"))
     audio = count_of(asked.get("audio_tokens"))
+    cached = count_of(asked.get("cached_tokens"))
+    if cached is None:
+        cached = _cached_elsewhere(usage)
+    written = count_of(asked.get("cache_write_tokens"))
+    if written is None:
+        written = _written_elsewhere(usage, asked)
     parts = _parts(usage, asked, wrote, notes)
     if prompt is None and completion is None and total is None and not parts:
         return None
@@ -60,20 +67,18 @@ def read_tokens(usage: Doc, notes: Notes, *, output_follows: bool = True) -> Usa
         completion = total - prompt
     if prompt is not None and completion is not None:
         left = None if total is None else total - prompt - completion
-        if left and left in (audio, count_of(said("connector_tokens"))):
+        if left and left in (audio, count_of(said("connector_tokens")), total_of(cached, written)):
             prompt += left
         elif reasoning and (left == reasoning or _leaves_reasoning_out(usage, notes, left)):
             completion = count_of(completion + reasoning)
         elif left and left > 0 and _is_gemini(notes):
             reasoning = reasoning or left
             completion += left
-    cached = count_of(asked.get("cached_tokens"))
-    written = count_of(asked.get("cache_write_tokens"))
     return Usage(
         prompt,
         completion,
-        _cached_elsewhere(usage) if cached is None else cached,
-        _written_elsewhere(usage, asked) if written is None else written,
+        cached,
+        written,
         reasoning,
         audio,
         count_of(wrote.get("audio_tokens")),
