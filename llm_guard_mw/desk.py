@@ -27,6 +27,7 @@ from llm_guard_mw.estimate import describe
 from llm_guard_mw.http import HttpRequest
 from llm_guard_mw.identity import Identifier, Late, read_tags
 from llm_guard_mw.logs import log, log_call
+from llm_guard_mw.metering import BilledResponses
 from llm_guard_mw.model import (
     Asked,
     EntryKind,
@@ -123,6 +124,7 @@ class Desk:
         self.alone = Alone(self.spool)
         #: What finalizers leave to be done: one may run in the middle of anything, and must do nothing itself.
         self.left_behind: deque[Callable[[], None]] = deque()
+        self.billed = BilledResponses()
         self._admitted: OrderedDict[Stranger, None] = OrderedDict()
         self._known_terms: dict[tuple[object, ...], Terms] = {}
         self._refusals: dict[Principal, _RefusalCount] = {}
