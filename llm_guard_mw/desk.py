@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -121,6 +121,8 @@ class Desk:
         self.calls: dict[str, Call] = {}
         self.outbox: deque[Closing] = deque()
         self.alone = Alone(self.spool)
+        #: What finalizers leave to be done: one may run in the middle of anything, and must do nothing itself.
+        self.left_behind: deque[Callable[[], None]] = deque()
         self._admitted: OrderedDict[Stranger, None] = OrderedDict()
         self._known_terms: dict[tuple[object, ...], Terms] = {}
         self._refusals: dict[Principal, _RefusalCount] = {}
