@@ -441,7 +441,7 @@ class Desk:
     def finished(
         self, exchange: Exchange, reading: Reading | None, *, status: int | None, ending: Ending
     ) -> Closing | None:
-        """What closes an exchange; None if it is closed already. An error of ours books the hold."""
+        """What closes an exchange; None if it is closed already, or by the spool. An error of ours books the hold."""
         with exchange.call.lock:
             if exchange.closed:
                 return None
