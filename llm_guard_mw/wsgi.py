@@ -202,7 +202,7 @@ class _Passage:
         # Only now: a server whose head has left raises instead of taking another one.
         lowered = _lowered(headers)
         self.status = _code(status)
-        self.meter = meter_for(self.call, self.route, self.status, lowered)
+        self.meter = meter_for(self.call, self.route, self.status, lowered, self.door.installation.desk.billed)
         self.left = self._promised(dict(lowered))
         return self._write
 

@@ -193,6 +193,31 @@ def test_an_answer_in_a_providers_shape_is_metered_without_capture(door: Open, b
     assert reply.status == 200
 
 
+RESPONSE_BODY = {
+    "id": "resp_1",
+    "object": "response",
+    "status": "completed",
+    "model": "gpt-4o-mini",
+    "output": [{"type": "message", "content": [{"type": "output_text", "text": "Hi"}]}],
+    "usage": {"input_tokens": 12, "output_tokens": 34, "total_tokens": 46},
+}
+
+
+@pytest.mark.parametrize(
+    ("api", "body"),
+    [("openai.responses.retrieve", RESPONSE_BODY), ("openai.count_tokens", {"input_tokens": 12})],
+)
+def test_an_answer_that_is_only_fetched_or_only_counts_costs_nothing(door: Open, api: str, body: Any) -> None:
+    route = {"limits": [RICH], "api": api, "model": "gpt-4o-mini", "max_output_tokens": 50}
+    opened = door({"/api/chat": [Say(body=body)]}, route=route)
+
+    opened.request(json=CHAT_REQUEST)
+
+    [event] = opened.events()
+    assert (event["basis"], event["exact"], event["cost_nanos"], event["input_tokens"]) == ("exact", True, 0, None)
+    assert opened.spent() == 0
+
+
 # ---------------------------------------------------------------- refused at the door
 
 
