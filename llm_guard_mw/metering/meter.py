@@ -191,6 +191,8 @@ class Meter:
                 usage = replace(usage, exact=False)
             if self._status < 400:
                 text = "".join(piece for doc in answer.every_doc() for piece in dialect.text(doc))
+                if usage is None and not text and self._is_the_apps_own():
+                    text = _own_text(answer, head, tail)  # it only looks like that format: what there is, counts
         reading = Reading(
             usage,
             # What was lost on the way was written too: then `text` is not all there was.
@@ -209,8 +211,7 @@ class Meter:
         usage = self._filled(None, answer.docs)
         text = None
         if usage is None and self._status < 400:
-            own_text = answer.own_text
-            text = own_text() if own_text is not None else text_or_none(head if tail is None else head + tail, "")
+            text = _own_text(answer, head, tail)
         ended = answer.closed or (answer.endless and self._is_the_apps_own() and not answer.lossy)
         return Reading(usage, ended or usage is not None, text, None, None, None, self._broken)
 
@@ -289,6 +290,13 @@ def _dialect_of(api: str | None, answer: Answer) -> Dialect | None:
             return dialect
     # An error has no shape of its own.
     return named if named is not None and any(doc.get("error") for doc in docs) else None
+
+
+def _own_text(answer: Answer, head: bytes, tail: bytes | None) -> str | None:
+    """What to count of an answer that is no provider's."""
+    if answer.own_text is not None:
+        return answer.own_text()
+    return text_or_none(head if tail is None else head + tail, "")
 
 
 def _metered_once(

@@ -588,6 +588,25 @@ def test_json_of_no_provider_is_counted_whole() -> None:
     assert reading == Reading(text='{"answer": "at four", "took": 3}', ended=True)
 
 
+@pytest.mark.parametrize(
+    "doc",
+    [
+        {"done": True, "message": "Your order was saved."},
+        {"predictions": ["rain", "wind"]},
+        {"results": [{"title": "Tides"}], "meta": {"api_version": "2"}},
+        {"usage": {"help": "ask for the tides"}, "object": "page"},
+        {"data": [{"url": "https://shop.example/1", "name": "A map of tides"}]},
+    ],
+)
+def test_an_apps_own_body_that_looks_like_a_providers_is_counted_as_it_is(doc: object) -> None:
+    body = json.dumps(doc).encode()
+
+    reading = read(body, None)
+
+    assert reading.usage is None
+    assert reading.text == body.decode()
+
+
 def test_a_stream_of_no_provider_is_counted_from_its_data() -> None:
     reading = read(b"data: at \n\ndata: four\n\n", None, content_type="text/event-stream")
 
