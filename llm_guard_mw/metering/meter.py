@@ -152,8 +152,8 @@ class Meter:
             return self._judge(answer, head, tail)
         text = self._plain_text(head, tail)
         ended = text is not None and tail is None and self._is_the_apps_own()
-        usage = self._filled(None, ())
-        return Reading(usage=usage, ended=ended or usage is not None, text=text, broken=self._broken)
+        usage = self._filled(None, None)
+        return Reading(usage, ended or usage is not None, text, None, None, None, self._broken)
 
     def _read_undeclared_gzip(self, head: bytes, tail: bytes | None) -> Reading:
         """Some recorders and proxies lose the Content-Encoding header."""
@@ -183,7 +183,8 @@ class Meter:
         ended = (notes.ended or answer.closed) and not notes.pending
         usage = None if notes.usage is None else dialect.usage(notes.usage, notes)
         if usage is None or usage.input_tokens is None or usage.output_tokens is None:
-            usage = self._filled(usage, answer.docs)
+            metrics = metrics_in(answer.docs)
+            usage, ended = self._filled(usage, metrics), ended or metrics is not None
         final = usage is not None and (notes.usage_final or ended) and not answer.guessed
         text = None
         if not final:
@@ -208,16 +209,15 @@ class Meter:
         return reading
 
     def _judge_unknown(self, answer: Answer, head: bytes, tail: bytes | None) -> Reading:
-        usage = self._filled(None, answer.docs)
+        usage = self._filled(None, metrics_in(answer.docs))
         text = None
         if usage is None and self._status < 400:
             text = _own_text(answer, head, tail)
         ended = answer.closed or (answer.endless and self._is_the_apps_own() and not answer.lossy)
         return Reading(usage, ended or usage is not None, text, None, None, None, self._broken)
 
-    def _filled(self, usage: Usage | None, docs: Iterable[Doc]) -> Usage | None:
+    def _filled(self, usage: Usage | None, metrics: Doc | None) -> Usage | None:
         """The usage, with what only Bedrock's metrics or headers say."""
-        metrics = metrics_in(docs)
         if metrics is not None:
             usage = counted_by_bedrock(usage, metrics, self._request_model)
         if self._headers and self._status < 400:

@@ -163,6 +163,23 @@ def test_a_cache_beside_the_prompt_is_proved_by_the_total() -> None:
     assert usage == Usage(input_tokens=440, output_tokens=5, cached_input_tokens=400, cache_write_tokens=30, model="m")
 
 
+def test_what_the_total_leaves_is_reasoning_though_as_much_was_cached() -> None:
+    body = chat(
+        {
+            "prompt_tokens": 300,
+            "completion_tokens": 5,
+            "total_tokens": 561,
+            "prompt_tokens_details": {"cached_tokens": 256},
+            "completion_tokens_details": {"reasoning_tokens": 256},
+        }
+    )
+
+    usage = read(body, provider="xai").usage
+
+    assert usage is not None
+    assert (usage.input_tokens, usage.output_tokens) == (300, 261)
+
+
 def test_a_usage_that_stands_in_a_choice_is_read() -> None:
     usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     choice = {"index": 0, "delta": {}, "finish_reason": "stop", "usage": usage}
