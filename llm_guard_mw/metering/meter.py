@@ -27,7 +27,15 @@ from llm_guard_mw.metering.loose_json import Doc, parse
 from llm_guard_mw.model import Reading, Usage
 
 #: Answers that repeat a usage which an earlier answer may have said.
-_RETRIEVES = frozenset({"openai.responses.retrieve", "gemini.interactions.retrieve"})
+_RETRIEVES = frozenset(
+    {
+        "openai.responses.retrieve",
+        "openai.responses.cancel",
+        "openai.chat.stored",
+        "gemini.interactions.retrieve",
+        "gemini.interactions.cancel",
+    }
+)
 #: Answers that may be fetched again.
 _STORED = _RETRIEVES | {"openai.responses", "gemini.interactions"}
 
