@@ -605,11 +605,18 @@ def test_json_of_no_provider_is_counted_whole() -> None:
     assert reading == Reading(text='{"answer": "at four", "took": 3}', ended=True)
 
 
+def test_a_usage_that_counts_nothing_we_know_is_none() -> None:
+    reading = read(b'{"text": "At four.", "usage": {"seats": 3}}', None)
+
+    assert (reading.usage, reading.text) == (None, "At four.")
+
+
 @pytest.mark.parametrize(
     "doc",
     [
         {"done": True, "message": "Your order was saved."},
         {"predictions": ["rain", "wind"]},
+        {"answer": "At four.", "input_tokens": 5},
         {"results": [{"title": "Tides"}], "meta": {"api_version": "2"}},
         {"usage": {"help": "ask for the tides"}, "object": "page"},
         {"data": [{"url": "https://shop.example/1", "name": "A map of tides"}]},

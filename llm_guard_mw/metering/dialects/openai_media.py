@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from llm_guard_mw.metering.dialects.dialect import (
     Dialect,
     Notes,
+    count_of,
     error_of,
     no_text,
     object_of,
@@ -57,8 +58,9 @@ def _note(doc: Doc, notes: Notes) -> None:
 
 def _usage(usage: Doc, notes: Notes) -> Usage | None:
     read = read_tokens(usage, notes)
-    # xAI says of images only what they cost. That is a usage, though none that can be counted.
-    return Usage(model=notes.model) if read is None else read
+    if read is None and count_of(usage.get("cost_in_usd_ticks")) is not None:
+        return Usage(model=notes.model)  # xAI says of images only what they cost: a usage, though none to be counted
+    return read
 
 
 def _text(doc: Doc) -> Iterator[str]:
