@@ -605,10 +605,10 @@ def test_json_of_no_provider_is_counted_whole() -> None:
     assert reading == Reading(text='{"answer": "at four", "took": 3}', ended=True)
 
 
-def test_a_usage_that_counts_nothing_we_know_is_none() -> None:
-    reading = read(b'{"text": "At four.", "usage": {"seats": 3}}', None)
+def test_an_apps_answer_with_a_framework_s_usage_is_read() -> None:
+    body = b'{"text": "At four.", "usage": {"inputTokens": 10, "outputTokens": 5, "totalTokens": 15}}'
 
-    assert (reading.usage, reading.text) == (None, "At four.")
+    assert read(body, None).usage == Usage(input_tokens=10, output_tokens=5)
 
 
 @pytest.mark.parametrize(
@@ -617,6 +617,7 @@ def test_a_usage_that_counts_nothing_we_know_is_none() -> None:
         {"done": True, "message": "Your order was saved."},
         {"predictions": ["rain", "wind"]},
         {"answer": "At four.", "input_tokens": 5},
+        {"text": "At four.", "usage": {"seats": 3}},
         {"results": [{"title": "Tides"}], "meta": {"api_version": "2"}},
         {"usage": {"help": "ask for the tides"}, "object": "page"},
         {"data": [{"url": "https://shop.example/1", "name": "A map of tides"}]},

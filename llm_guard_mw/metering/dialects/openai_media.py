@@ -24,6 +24,7 @@ from llm_guard_mw.metering.loose_json import Doc
 from llm_guard_mw.model import Usage
 
 _MEMBERS = frozenset({"type", "usage", "data"})
+_COUNTS = frozenset({"input_tokens", "prompt_tokens", "total_tokens", "seconds"})
 _AUDIO_EVENTS = ("transcript.", "transcription.", "speech.audio.")
 _IMAGE_EVENTS = ("image_generation.", "image_edit.")
 _IMAGES = ("b64_json", "url", "revised_prompt")
@@ -33,7 +34,7 @@ def _recognises_audio(doc: Doc) -> bool:
     kind = doc.get("type")
     if isinstance(kind, str) and kind.startswith(_AUDIO_EVENTS):
         return True
-    return isinstance(doc.get("text"), str) and isinstance(doc.get("usage"), dict)
+    return isinstance(doc.get("text"), str) and not _COUNTS.isdisjoint(object_of(doc.get("usage")))
 
 
 def _recognises_images(doc: Doc) -> bool:
