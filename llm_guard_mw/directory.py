@@ -328,16 +328,18 @@ class _Starlette:
         return len(self._app.routes)
 
     def endpoints(self) -> Iterable[Endpoint]:
-        return self._endpoints(self._app.routes, "")
+        return self._endpoints(self._app.routes, "", known=True)
 
-    def _endpoints(self, routes: Any, prefix: str) -> Iterator[Endpoint]:
+    def _endpoints(self, routes: Any, prefix: str, *, known: bool) -> Iterator[Endpoint]:
         for route in _leaves(routes):
             path = prefix + (getattr(route, "path", None) or "")
+            ours = known and _is_known(route)
             if _is_mount(route):
-                yield from self._endpoints(route.routes, path)
+                yield from self._endpoints(route.routes, path, known=ours)
             elif (view := getattr(route, "endpoint", None)) is not None and hasattr(route, "methods"):
                 methods = _ALL if route.methods is None else frozenset(route.methods)
-                yield Endpoint(_template(path), methods - {"OPTIONS"}, view, path.partition("{")[0])
+                beginning = path.partition("{")[0] if ours else ""
+                yield Endpoint(_template(path), methods - {"OPTIONS"}, view, beginning)
 
     def find(self, method: str, path: str, surroundings: Mapping[str, Any]) -> tuple[str, Any] | None:
         if self._same_for_all:
@@ -349,7 +351,7 @@ class _Starlette:
         routes, prefix = self._app.routes, ""
         while routes:
             for route in _leaves(routes):
-                match, child = route.matches(dict(scope))
+                match, child = route.matches(scope)
                 if match.name == "FULL":
                     break
             else:
@@ -382,8 +384,13 @@ def _looks_at_the_path_alone(route: Any) -> bool:
     """Whether nothing but method and path decides: not so for hosts, and for routes of the app's own making."""
     if _is_mount(route) and not all(map(_looks_at_the_path_alone, _leaves(route.routes))):
         return False
-    known = type(route).matches.__module__.partition(".")[0] in ("starlette", "fastapi")
-    return known and type(route).__name__ != "Host"
+    return _is_known(route) and type(route).__name__ != "Host"
+
+
+def _is_known(route: Any) -> bool:
+    """Whether it is known how this route matches: one of the app's own may take /Chat for /chat."""
+    matches = getattr(type(route), "matches", None)
+    return getattr(matches, "__module__", "").partition(".")[0] in ("starlette", "fastapi")
 
 
 class _Flask:
@@ -402,8 +409,9 @@ class _Flask:
             view = self._app.view_functions.get(rule.endpoint)
             if view is not None and not rule.websocket:
                 methods = _ALL if rule.methods is None else frozenset(rule.methods)
-                # A rule may be taken with a slash at its end or without.
-                beginning = rule.rule.partition("<")[0].rstrip("/")
+                # A rule may be taken with a slash at its end or without; one of the app's own, in any way.
+                known = type(rule).__module__.startswith("werkzeug.")
+                beginning = rule.rule.partition("<")[0].rstrip("/") if known else ""
                 yield Endpoint(_from_angles(rule.rule), methods - {"OPTIONS"}, view, beginning)
 
     def find(self, method: str, path: str, surroundings: Mapping[str, Any]) -> tuple[str, Any] | None:

@@ -465,6 +465,19 @@ def test_hosts_and_convertors_of_the_apps_own_are_asked(written: Any, monkeypatc
     assert [ask("/c", host="elsewhere.test"), ask("/c", host="here.test")] == [429, 429]
 
 
+def test_routes_of_the_apps_own_making_are_asked_for_every_path(written: Any) -> None:
+    class Lowered(Route):
+        def matches(self, scope: Any) -> Any:
+            return super().matches({**scope, "path": scope["path"].lower()})
+
+    async def marked(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("hello")
+
+    ask = asgi(Starlette(routes=[Lowered("/chat", guarded(ONCE)(marked), methods=["POST"])]), written())
+
+    assert [ask("/CHAT"), ask("/Chat"), ask("/else")] == [200, 429, 404]
+
+
 def test_django_prefixes_expressions_and_includes_are_asked(written: Any) -> None:
     marked = guarded(ONCE)(lambda request, **_: HttpResponse("hello"))
     more = [
