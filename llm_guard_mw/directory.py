@@ -8,7 +8,7 @@ Rule 3. A view has one place that its limits count in, however many paths lead t
         limit that moves from the view into the file, or back, keeps what was used.
 Rule 4. Frameworks are known by their shape; none is imported here.
 
-docs/decisions/0007-limits-at-the-view.md says why.
+docs/decisions/0010-limits-at-the-view.md says why.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _WRAPPED: Final = ("app", "wsgi_app", "application", "wrapped_app", "_app", "__w
 
 
 class Directory:
-    """`policy` is what the file says, `app` whatever stands behind the door.
+    """`policy` is what the file says, `app` whatever stands behind the door, or its router.
 
     Directory(policy, app).route("POST", "/summarize", scope)
+    Directory(policy, DjangoRouter()).route("POST", "/summarize", request.META)
     """
 
     def __init__(self, policy: Policy, app: Any) -> None:
@@ -300,6 +301,8 @@ def router_of(app: Any) -> Router | None:
     for _ in range(64):
         if hasattr(app, "url_map") and hasattr(app, "view_functions"):
             return _Flask(app)
+        if isinstance(app, DjangoRouter):
+            return app
         if type(app).__module__.startswith("django.core.handlers"):
             return DjangoRouter()
         if isinstance(getattr(app, "routes", None), list):

@@ -7,7 +7,8 @@ Rule 1. The app's answer is drawn up to its first body bytes before our callable
         until then: so a refusal inside a lazy stream can still be a 429, and a server that wants to know the status
         when the callable returns (granian) hears the right one.
 Rule 2. A call closes at `close()`, behind the app's own: also where nobody iterated, where iterating raised, and where
-        the client has gone. An app that raises before it returns closes its call by that.
+        the client has gone. An app that raises before it returns closes its call by that; a server that drops the
+        answer and forgets to close it does so too, a moment later.
 Rule 3. The app, every `next()` and `close()` run in the Context of the call: a server may iterate in another thread.
 Rule 4. An error of ours before the grant follows `on_store_failure`; after it, it is logged and nothing else.
 """
@@ -76,6 +77,7 @@ class _Passage:
         self.door = door
         self.route = route
         self.environ = environ
+        self.head_only = environ["REQUEST_METHOD"] == "HEAD"  # the app may rewrite it
         self.downstream = start_response
         self.context = copy_context()
         self.call: Call | None = None
@@ -101,12 +103,13 @@ class _Passage:
         if answer is not None:
             return self._send_answer(answer)
         environ["wsgi.input"] = body.stream
-        _strip(environ, identifier.headers_to_strip(request))
+        unbelieved = identifier.headers_to_strip(request)
+        _strip(environ, unbelieved)
         call = self.call
         if call is None:
             return self.door.app(environ, self.downstream)
-        # The environ is shared, not copied: late identity reads what the app writes into it.
-        call.request = _http_request(environ, identifier, request.body, complete=request.body_complete)
+        if unbelieved:  # late identity must not believe them either
+            call.request = _http_request(environ, identifier, request.body, complete=request.body_complete)
         self.context.run(enter, call)
         try:
             self._begin(call)
@@ -192,18 +195,19 @@ class _Passage:
         if self.held_start is None:
             return
         (status, headers), self.held_start = self.held_start, None
-        self.started = True
         self._start_downstream(status, headers)
+        self.started = True
 
     def _start_downstream(self, status: str, headers: TextHeaders, exc_info: Any = None) -> Write:
         assert self.call is not None  # noqa: S101 - no answer runs without a call
-        self.status = _code(status)
-        lowered = _lowered(headers)
-        self.meter = meter_for(self.call, self.route, self.status, lowered)
-        self.left = self._promised(dict(lowered))
         whole = [*headers, *_text_headers(our_headers(self.call))]
         # Without exc_info where there is none: old servers know two arguments.
         self.server_write = self.downstream(status, whole, *((exc_info,) if exc_info is not None else ()))
+        # Only now: a server whose head has left raises instead of taking another one.
+        lowered = _lowered(headers)
+        self.status = _code(status)
+        self.meter = meter_for(self.call, self.route, self.status, lowered, self.door.installation.desk.billed)
+        self.left = self._promised(dict(lowered))
         return self._write
 
     def _replace(self, answer: Answer) -> None:
@@ -217,7 +221,7 @@ class _Passage:
 
     def _send_answer(self, answer: Answer) -> list[bytes]:
         self.downstream(f"{answer.status} {HTTPStatus(answer.status).phrase}", _text_headers(answer.headers))
-        return [] if self.environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
+        return [] if self.head_only else [answer.body]
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -234,7 +238,7 @@ class _Passage:
 
     def _promised(self, headers: dict[bytes, bytes]) -> int | None:
         """How long the answer is: a server that has it all may never ask for the end (granian does not)."""
-        if self.environ["REQUEST_METHOD"] == "HEAD" or self.status in (204, 304):
+        if self.head_only or self.status in (204, 304):
             return 0
         return _number(headers.get(b"content-length", b"").decode("latin-1"))
 
@@ -255,6 +259,12 @@ class _Passage:
                 self.context.run(close)
         finally:
             self._close_call()
+
+    def __del__(self) -> None:
+        """Dropped without `close()`, as by test clients: until then the call counts as running."""
+        if self.call is not None and not self.closed:
+            self.closed = True
+            self.door.installation.desk.left_behind.append(self._close_call)
 
     def _close_call(self) -> None:
         assert self.call is not None  # noqa: S101 - nobody else is given to a server

@@ -28,7 +28,8 @@ from starlette.routing import Host, Route
 from starlette.testclient import TestClient
 from werkzeug.test import Client
 
-from llm_guard_mw import ConfigError, GuardMiddleware, WSGIGuardMiddleware, current_call, guarded, process
+from llm_guard_mw import ConfigError, GuardMiddleware, WSGIGuardMiddleware, current_call, guarded, load_config, process
+from llm_guard_mw.directory import Directory, DjangoRouter
 from tests.doors.harness import PEER
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -488,6 +489,17 @@ def test_django_prefixes_expressions_and_includes_are_asked(written: Any) -> Non
 
     assert [ask("/marked"), ask("/marked")] == [200, 200]
     assert [ask(each) for each in ("/in/a/7", "/in/a/x", "/in/b/cy", "/two/three.html")] == [200, 429, 429, 429]
+
+
+def test_djangos_own_middleware_can_ask_by_its_router(written: Any) -> None:
+    django_app(guarded(ONCE, feature="search")(lambda request: HttpResponse("hello")))
+    directory = Directory(load_config(written()).policy, DjangoRouter())
+
+    rule = directory.route("POST", "/marked", {})
+
+    assert rule is not None
+    assert (rule.feature, [limit.text for limit in rule.view_limits]) == ("search", [ONCE])
+    assert directory.route("POST", "/bare", {}) is None
 
 
 def test_methods_narrow_a_mark(written: Any) -> None:
