@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llm_guard_mw.config import load_config
     from llm_guard_mw.metering import read_usage
     from llm_guard_mw.process import AsyncGuard, Guard
+    from llm_guard_mw.views import guarded
     from llm_guard_mw.wsgi import WSGIGuardMiddleware
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "WSGIGuardMiddleware",
     "capture",
     "current_call",
+    "guarded",
     "load_config",
     "read_usage",
 ]
@@ -47,6 +49,7 @@ _HOMES = {
     "WSGIGuardMiddleware": "llm_guard_mw.wsgi",
     "capture": "llm_guard_mw.capture",
     "current_call": "llm_guard_mw.call",
+    "guarded": "llm_guard_mw.views",
     "load_config": "llm_guard_mw.config",
     "read_usage": "llm_guard_mw.metering",
 }

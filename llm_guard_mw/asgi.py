@@ -18,6 +18,7 @@ from typing import Any
 
 from llm_guard_mw.call import Call, enter, leave
 from llm_guard_mw.desk import DoorEnding
+from llm_guard_mw.directory import Directory
 from llm_guard_mw.guard import AsyncGuard, to_its_end
 from llm_guard_mw.http import Answer, Headers, HttpRequest, strip
 from llm_guard_mw.logs import log
@@ -36,17 +37,19 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class GuardMiddleware:
-    """Guards the routes that the configuration names.
+    """Guards the routes that the configuration names, and the views that are marked with `@guarded`.
 
     app.add_middleware(GuardMiddleware, config="llm_guard.toml")
 
     `config` is a path, or what `load_config` gives. Outermost is best, but inside of CORS: a browser shows its
-    script a refusal only with CORS headers on it.
+    script a refusal only with CORS headers on it. `views` is the app whose views are marked, where other middleware
+    hides it.
     """
 
-    def __init__(self, app: ASGIApp, config: ConfigLike | None = None) -> None:
+    def __init__(self, app: ASGIApp, config: ConfigLike | None = None, *, views: object = None) -> None:
         self.app = app
         self.installation = install(config)
+        self.directory = Directory(self.installation.config.policy, app if views is None else views)
         self.guard = AsyncGuard(self.installation.desk)
         _warn_about_neighbours(app, self.installation)
         _warn_about_missing_routes(app, self.installation)
@@ -56,9 +59,11 @@ class GuardMiddleware:
             await self._pass_by(scope, receive, send)
             return
         if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                self.directory.look()
             await self.app(scope, receive, send)
             return
-        route = self.installation.config.policy.route(scope["method"], _path_below_root(scope))
+        route = self.directory.route(scope["method"], _path_below_root(scope), scope)
         if route is None:
             await self._pass_by(scope, receive, send)
             return

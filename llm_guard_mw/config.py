@@ -266,6 +266,7 @@ class _Build:
             new_scope_values=file.new_scope_values,
             on_store_failure=file.on_store_failure,
             unpriced=file.prices.unpriced,
+            budgets=budgets,
         )
 
     def _timezone(self) -> str:

@@ -385,7 +385,7 @@ class Desk:
 
     def _terms(self, call: Call, model: str | None) -> Terms:
         """The limits of a call and their balances; remembered, since most callers come again."""
-        route = None if call.route is None else call.route.name
+        route = None if call.route is None else call.route.key
         # What no limit asks for is no part of what is remembered: a session's id would be new in every call.
         tags = call.tags if call.tags.trusted and self.policy.asks_tags else call.tags.trusted
         caller = route, call.principal, tags, _feature(call), model, call.identified

@@ -111,6 +111,8 @@ def log_call(call: Call, status: int | None) -> None:
         "first_token_ms": next((e.first_token_ms for e in events if e.first_token_ms is not None), None),
         "status": status,
     }
+    if call.route is not None and call.route.view is not None:
+        fields["view"] = call.route.view
     if call.refusal is not None:
         fields["refused"] = call.refusal.code
         fields["limit"] = call.refusal.shortfalls[0].limit if call.refusal.shortfalls else None

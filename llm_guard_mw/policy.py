@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -69,6 +70,10 @@ def compile_path(path: str) -> re.Pattern[str]:
     return re.compile(pattern + _literal(path, path[at:]) + "$")
 
 
+def _shape(path: str) -> str:
+    return _PARAMETER.sub("{}", path)
+
+
 def _literal(path: str, text: str) -> str:
     # Starlette takes a stray brace as itself. In a guard's file it is a typing error that would leave a route open.
     if "{" in text or "}" in text:
@@ -90,9 +95,12 @@ class CacheRule:
     version: str = "1"
 
 
+_route_keys = count()
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One guarded route of the app, as the file describes it."""
+    """One guarded route of the app, as the file describes it, or `@guarded` at its view, or both."""
 
     path: str
     methods: frozenset[str] = frozenset({"POST"})
@@ -107,10 +115,15 @@ class Route:
     cache: CacheRule | None = None
     usage: Literal["auto", "captured"] = "auto"
     on_store_failure: StoreFailure | None = None
+    view: str | None = None  # "app.views:summarize", where that view is marked
+    view_limits: tuple[Limit, ...] = ()  # what `@guarded` says there; of those on one balance the file's apply first
     pattern: re.Pattern[str] = field(init=False, compare=False, repr=False)
+    #: Tells rules of one name apart: two apps of a process may each have a view at one path.
+    key: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", compile_path(self.path))
+        object.__setattr__(self, "key", next(_route_keys))
         if not self.name:
             object.__setattr__(self, "name", self.path)
         if "GET" in self.methods:  # Starlette answers HEAD with a GET route's handler
@@ -118,6 +131,10 @@ class Route:
 
     def matches(self, method: str, path: str) -> bool:
         return method in self.methods and self.pattern.match(path) is not None
+
+    def same_place(self, other: Route) -> bool:
+        """Whether both paths are written alike, whatever their parameters are called."""
+        return _shape(self.path) == _shape(other.path)
 
     def covers(self, other: Route) -> bool:
         """Whether every path of `other` is one of this route, so far as some telling values can show."""
@@ -164,10 +181,9 @@ class Policy:
     new_scope_values: int = 1000
     on_store_failure: StoreFailure = "deny"
     unpriced: Literal["ceiling", "deny", "allow"] = "ceiling"
+    budgets: Budgets = field(default_factory=Budgets)  # what a limit at a view says nothing about
     _table: _RouteTable = field(init=False, compare=False, repr=False)
-    _plans: Mapping[str | None, _Plan] = field(init=False, compare=False, repr=False)
-    #: Whether any limit looks at a tag beyond feature and tier: at a workflow, a session, a variant, a free tag.
-    asks_tags: bool = field(init=False, compare=False, repr=False)
+    _plans: _Plans = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         limits, taken = with_own_slugs(self.limits, frozenset())
@@ -176,19 +192,38 @@ class Policy:
             tiers[tier], taken = with_own_slugs(under, taken)
         routes = tuple([replace(route, limits=with_own_slugs(route.limits, taken)[0]) for route in self.routes])
         everywhere = [*limits, *[limit for under in tiers.values() for limit in under]]
-        plans: dict[str | None, _Plan] = {route.name: _Plan([*route.limits, *everywhere]) for route in routes}
-        plans[None] = _Plan(everywhere)
         object.__setattr__(self, "limits", limits)
         object.__setattr__(self, "tiers", MappingProxyType(tiers))
         object.__setattr__(self, "routes", routes)
-        object.__setattr__(self, "_plans", plans)
+        object.__setattr__(self, "_plans", _Plans(everywhere, taken, routes))
         object.__setattr__(self, "_table", _RouteTable(routes))
-        every = [*everywhere, *[limit for route in routes for limit in route.limits]]
-        object.__setattr__(self, "asks_tags", any(map(_asks_tags, every)))
+
+    @property
+    def asks_tags(self) -> bool:
+        """Whether any limit looks at a tag beyond feature and tier: at a workflow, a session, a variant, a free tag."""
+        return self._plans.asks_tags
 
     def route(self, method: str, path: str) -> Route | None:
         """The first route in file order that guards `method` and `path`, None if none does."""
         return self._table.find(method, path)
+
+    def joined(self, rule: Route | None, view: Route) -> Route:
+        """One rule of the file's `rule` for a request and of what `@guarded` says at its `view`.
+
+        What the file says wins. The limits of both count; of those on one balance, the file's where one applies.
+        """
+        if rule is not None:
+            view = replace(
+                rule,
+                path=view.path,
+                methods=rule.methods & view.methods,
+                name=rule.name if rule.same_place(view) else view.name,
+                feature=view.feature if rule.feature is None else rule.feature,
+                model=view.model if rule.model is None else rule.model,
+                view=view.view,
+                view_limits=view.view_limits,
+            )
+        return self._plans.added(view)
 
     def scope_values(
         self,
@@ -219,7 +254,7 @@ class Policy:
         Of several that share a balance the first of these applies: one with a condition or under a tier, then the
         lowest.
         """
-        plan = self._plans[None if route is None else route.name]
+        plan = self._plans.of(route)
         if plan.always is not None and not key_limits:
             return plan.always
         if feature is None and route is not None:
@@ -230,17 +265,53 @@ class Policy:
         return chosen + _Plan(key_limits).choose(principal, tags, feature, model)
 
 
+class _Plans:
+    """The plan of each route, and of what belongs to none. Rules of views come when their app is looked at."""
+
+    def __init__(self, everywhere: Sequence[Limit], taken: frozenset[str], routes: Iterable[Route]) -> None:
+        self._everywhere = everywhere
+        self._taken = taken
+        self._none = _Plan(everywhere)
+        self._of: dict[int, _Plan] = {}
+        self.asks_tags = any(map(_asks_tags, everywhere))
+        for route in routes:
+            self._add(route)
+
+    def of(self, route: Route | None) -> _Plan:
+        if route is None:
+            return self._none
+        return self._of.get(route.key) or self._add(route)
+
+    def added(self, route: Route) -> Route:
+        """A rule that is no part of the file, with slugs that nobody else has."""
+        limits, _ = with_own_slugs([*route.limits, *route.view_limits], self._taken)
+        own = len(route.limits)
+        route = replace(route, limits=limits[:own], view_limits=limits[own:])
+        self._add(route)
+        return route
+
+    def _add(self, route: Route) -> _Plan:
+        plan = _Plan([*route.limits, *self._everywhere], route.view_limits)
+        self.asks_tags |= any(map(_asks_tags, (*route.limits, *route.view_limits)))
+        self._of[route.key] = plan
+        return plan
+
+
 class _Plan:
-    """The limits that may count for a route, sorted once: each balance with its candidates, best first."""
+    """The limits that may count for a route, sorted once: each balance with its candidates, best first.
+
+    Those of a view come behind the file's: they apply where none of the file does.
+    """
 
     #: More kinds of callers than this are sorted out anew each time.
     _KINDS_MAX = 4096
 
-    def __init__(self, limits: Iterable[Limit]) -> None:
-        groups: dict[tuple[tuple[str, ...], str], list[Limit]] = {}
-        for limit in limits:
-            groups.setdefault((limit.scope, limit.counted), []).append(limit)
-        self._groups = tuple([tuple(sorted(group, key=_precedence)) for group in groups.values()])
+    def __init__(self, limits: Iterable[Limit], of_view: Iterable[Limit] = ()) -> None:
+        ranked: dict[tuple[tuple[str, ...], str], list[tuple[bool, Limit]]] = {}
+        for behind, limit in [*[(False, limit) for limit in limits], *[(True, limit) for limit in of_view]]:
+            ranked.setdefault((limit.scope, limit.counted), []).append((behind, limit))
+        groups = [sorted(group, key=lambda one: (one[0], _precedence(one[1]))) for group in ranked.values()]
+        self._groups = tuple([tuple([limit for _, limit in group]) for group in groups])
         asked: dict[str, set[str]] = {}
         for group in self._groups:
             for limit in group:

@@ -25,6 +25,7 @@ from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvir
 
 from llm_guard_mw.call import Call, enter
 from llm_guard_mw.desk import DoorEnding
+from llm_guard_mw.directory import Directory
 from llm_guard_mw.guard import Guard
 from llm_guard_mw.http import Answer, Headers, HttpRequest
 from llm_guard_mw.identity import Identifier
@@ -40,22 +41,24 @@ Write = Callable[[bytes], object]
 
 
 class WSGIGuardMiddleware:
-    """Guards the routes that the configuration names.
+    """Guards the routes that the configuration names, and the views that are marked with `@guarded`.
 
     app.wsgi_app = WSGIGuardMiddleware(app.wsgi_app, config="llm_guard.toml")
 
     `config` is a path, or what `load_config` gives. Outermost is best: a middleware around it that rewrites
-    REMOTE_ADDR decides who is a trusted proxy.
+    REMOTE_ADDR decides who is a trusted proxy. `views` is the app whose views are marked, where other middleware
+    hides it.
     """
 
-    def __init__(self, app: WSGIApplication, config: ConfigLike | None = None) -> None:
+    def __init__(self, app: WSGIApplication, config: ConfigLike | None = None, *, views: object = None) -> None:
         self.app = app
         self.installation = install(config)
+        self.directory = Directory(self.installation.config.policy, app if views is None else views)
         self.installation.desk.identifier.refuse_async()
         self.guard = Guard(self.installation.desk)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        route = self.installation.config.policy.route(environ["REQUEST_METHOD"], _path(environ))
+        route = self.directory.route(environ["REQUEST_METHOD"], _path(environ), environ)
         if route is None:
             # Not guarded; but what a stranger says about identity is believed nowhere behind us.
             identifier = self.installation.desk.identifier

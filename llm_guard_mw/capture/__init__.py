@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any, TypeVar
 
-from llm_guard_mw.capture import httpx
+from llm_guard_mw.capture import httpx, requests
 from llm_guard_mw.capture.aiohttp import capture_sessions
 
 __all__ = ["capture"]
@@ -22,7 +22,8 @@ Client = TypeVar("Client")
 def capture(client: Client) -> Client:
     """Guard a client in place and give it back: every call that it and its copies send from now on is held and metered.
 
-    Takes the clients of openai, anthropic and google-genai, sync and async, and bare clients of httpx2 and httpx.
+    Takes the clients of openai, anthropic and google-genai, sync and async, bare clients of httpx2 and httpx, and
+    sessions of requests.
     A client that is captured twice is guarded once. Which guard that is, is asked at the first call.
     """
     if httpx.is_client(client):
@@ -31,10 +32,12 @@ def capture(client: Client) -> Client:
         httpx.capture_client(inner)
     elif hasattr(api := getattr(client, "_api_client", None), "_httpx_client"):  # google-genai, and its `.aio`
         _capture_google(api)
+    elif requests.is_session(client):
+        requests.capture_session(client)
     else:
         raise TypeError(
             f"capture({type(client).__module__}.{type(client).__name__}): a client of openai, anthropic, google-genai,"
-            " httpx2 or httpx would be right"
+            " httpx2, httpx or requests would be right"
         )
     return client
 

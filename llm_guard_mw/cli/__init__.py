@@ -20,8 +20,10 @@ from llm_guard_mw.cli.output import Format, dollars, say, show_table, write_reco
 
 if TYPE_CHECKING:
     from llm_guard_mw.config import Config
+    from llm_guard_mw.directory import ViewRule
     from llm_guard_mw.errors import Mistake
     from llm_guard_mw.ledger import Ledger, Verification
+    from llm_guard_mw.policy import Route
     from llm_guard_mw.stores.protocol import Store
 
 FINDING = 1
@@ -74,9 +76,14 @@ def init(
 def check(
     file: Annotated[Path | None, typer.Argument(help="The file to check, rather than --config.")] = None,
     config: ConfigPath = _CONFIG,
+    named: Annotated[
+        str | None,
+        typer.Option("--app", help="An app whose views are marked with @guarded: module:app, module:make()."),
+    ] = None,
     form: Output = Format.TABLE,
 ) -> None:
     """Find every mistake of a configuration in one run: file, line, value, fix."""
+    from llm_guard_mw.cli.survey import survey_of
     from llm_guard_mw.config import load_config
     from llm_guard_mw.errors import ConfigError
 
@@ -91,23 +98,52 @@ def check(
     except ConfigError as error:
         mistakes = error.mistakes
     warnings = loaded.warnings if loaded is not None else ()
+    views: Sequence[ViewRule] = ()
+    if named is not None:
+        try:
+            views, of_views = survey_of(named, loaded)
+            warnings = (*warnings, *of_views)
+        except ConfigError as error:  # the app may have read the same file
+            loaded, mistakes = None, tuple(dict.fromkeys([*mistakes, *error.mistakes]))
+        except LookupError as error:
+            _fail(str(error.args[0]))
     record = {
         "ok": not mistakes,
         "mistakes": [asdict(mistake) for mistake in mistakes],
         "warnings": [asdict(warning) for warning in warnings],
     }
+    if named is not None:
+        record["views"] = [_view_record(view.route) for view in views]
     if form in (Format.JSONL, Format.CSV):
         notes = [("mistake", mistake) for mistake in mistakes] + [("warning", warning) for warning in warnings]
         columns = ("severity", "where", "problem", "fix")
         records = ({"severity": severity, **asdict(note)} for severity, note in notes)
         write_records(records, form, columns, shown=columns)
     else:
-        write_record(record, form, lambda: _show_check(path, loaded, mistakes, warnings))
+        write_record(record, form, lambda: _show_check(path, loaded, mistakes, warnings, views))
     if mistakes:
         raise typer.Exit(FINDING)
 
 
-def _show_check(path: Path, loaded: Config | None, mistakes: Sequence[Mistake], warnings: Sequence[Mistake]) -> None:
+def _view_record(route: Route) -> dict[str, Any]:
+    return {
+        "view": route.view,
+        "path": route.path,
+        "methods": sorted(route.methods),
+        "route": route.name,
+        "feature": route.feature,
+        "model": route.model,
+        "limits": [limit.text for limit in (*route.limits, *route.view_limits)],
+    }
+
+
+def _show_check(
+    path: Path,
+    loaded: Config | None,
+    mistakes: Sequence[Mistake],
+    warnings: Sequence[Mistake],
+    views: Sequence[ViewRule],
+) -> None:
     for severity, notes in (("mistake", mistakes), ("warning", warnings)):
         for note in notes:
             typer.echo(f"{severity}: {note.where}: {note.problem}")
@@ -116,7 +152,7 @@ def _show_check(path: Path, loaded: Config | None, mistakes: Sequence[Mistake], 
     if loaded is None:
         typer.echo(f"{path}: {len(mistakes)} {'mistake' if len(mistakes) == 1 else 'mistakes'}")
         return
-    rows = list(_guarded(loaded))
+    rows = [*_guarded(loaded), *_guarded_by_views(views)]
     show_table(("guards", "requests", "limit", "for"), rows)
     rest = f", {len(warnings)} warning{'s' if len(warnings) != 1 else ''}" if warnings else ""
     typer.echo(f"{path} is good{rest}. Mode: {loaded.policy.mode}.")
@@ -133,6 +169,15 @@ def _guarded(loaded: Config) -> Iterator[tuple[str, str, str, str]]:
     for place, limits in places:
         for limit in limits:
             yield place, "all guarded calls", limit.text, _whom(limit)
+
+
+def _guarded_by_views(views: Sequence[ViewRule]) -> Iterator[tuple[str, str, str, str]]:
+    """The same of marked views: what they add to the file."""
+    for view in views:
+        route = view.route
+        requests = f"{'/'.join(sorted(route.methods))} {route.path}"
+        for limit in route.view_limits or (None,):
+            yield f"view {route.view}", requests, limit.text if limit else "no limit of its own", _whom(limit)
 
 
 def _whom(limit: Any) -> str:  # a balances.Limit, or None; importing it would slow --help

@@ -9,12 +9,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llm_guard_mw import process
 from llm_guard_mw.model import UsageEvent
 from tests.ledger.bench import DAY_BUDGET, Bench
 
@@ -56,6 +57,89 @@ def test_check_shows_what_will_be_guarded(configured: Path, run: Run) -> None:
         *["route", "chat", "POST", "/api/chat", "5", "requests/minute", "per", "user", "tier", "=", "free"]
     ] in lines
     assert ["all", "all", "guarded", "calls", "$5/day", "global", "everybody"] in lines
+
+
+VIEWS = """
+from flask import Flask
+from llm_guard_mw import WSGIGuardMiddleware, guarded
+
+def make():
+    app = Flask("views")
+
+    @app.post("/api/chat")
+    @guarded("1 requests/minute per user", "$9/day per user", feature="talk")
+    def chat(): ...
+
+    @app.get("/digest/<int:id>")
+    @guarded({"limit": "3 requests/minute per user", "when": {"tier": "free"}}, feature="digest", model="gpt-4o")
+    def digest(id): ...
+
+    app.wsgi_app = WSGIGuardMiddleware(app.wsgi_app, config="llm_guard.toml")
+    return app
+
+lost = guarded()(lambda: None)
+app = make()
+"""
+
+
+@pytest.fixture
+def views(configured: Path) -> Iterator[Callable[[str], str]]:
+    """A module with views: `views("make()")` is how `--app` names it. Each test's is a module of its own."""
+    name = f"views_{configured.name.replace('-', '_')}"
+
+    def write(app: str, text: str = VIEWS) -> str:
+        (configured / f"{name}.py").write_text(text)
+        return f"{name}:{app}"
+
+    yield write
+    sys.modules.pop(name, None)
+    process.uninstall()
+
+
+@pytest.mark.parametrize("app", ["app", "make()", "app.wsgi_app"])
+def test_check_sees_what_the_views_say(app: str, views: Any, run: Run) -> None:
+    answer = run("check", "--app", views(app))
+
+    assert answer.code == 0, answer.err
+    lines = [" ".join(line.split()) for line in answer.out.splitlines()]
+    module = views(app).partition(":")[0]
+    assert f"view {module}:make.<locals>.chat POST /api/chat 1 requests/minute per user everybody" in lines
+    assert (
+        f"view {module}:make.<locals>.digest GET/HEAD /digest/{{id:int}} 3 requests/minute per user tier = free"
+    ) in lines
+    assert any('feature "talk" gives way to "chat"' in line for line in lines)
+    assert any('"$9/day per user" gives way to "$2/day per user"' in line for line in lines)
+    assert any(f"no route leads to {module}:<lambda>" in line for line in lines)
+
+
+def test_check_tells_programs_of_views_as_well(views: Any, run: Run) -> None:
+    answer = json.loads(run("check", "--app", views("app"), "--format", "json").out)
+
+    chat, digest = sorted(answer["views"], key=lambda view: view["path"])
+    assert (chat["route"], chat["feature"], chat["model"]) == ("chat", "chat", "gpt-4o")
+    assert (digest["route"], digest["feature"], digest["model"]) == ("/digest/{id:int}", "digest", "gpt-4o")
+    assert "views" not in json.loads(run("check", "--format", "json").out)
+
+
+def test_check_tells_mistakes_at_views_beside_those_of_the_file(configured: Path, views: Any, run: Run) -> None:
+    (configured / "llm_guard.toml").write_text('mod = "observe"')
+
+    answer = run("check", "--app", views("app", VIEWS.replace("$9/day", "$9/dya")))
+
+    assert answer.code == 1
+    assert 'unknown key "mod"' in answer.out
+    assert 'did you mean "day"?' in answer.out
+
+
+@pytest.mark.parametrize(
+    ("app", "reason"),
+    [("", "names no app"), ("nothing", "no attribute 'nothing'"), ("lost", "is no app"), ("VIEWS", "cannot be loaded")],
+)
+def test_check_says_what_is_wrong_with_an_app(app: str, reason: str, views: Any, run: Run) -> None:
+    answer = run("check", "--app", views(app))
+
+    assert answer.code == 2
+    assert reason in answer.err
 
 
 def test_check_names_every_mistake_with_file_line_value_and_fix(folder: Path, run: Run) -> None:
