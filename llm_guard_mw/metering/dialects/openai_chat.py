@@ -29,9 +29,11 @@ def _recognises(doc: Doc) -> bool:
 
 def note_completion(doc: Doc, notes: Notes) -> None:
     """What a chunk or a whole body says; the older completions are alike."""
-    usage = doc.get("usage")
-    if not isinstance(usage, dict) or not says_something(usage):
+    usage = object_of(doc.get("usage"))
+    said = says_something(usage)
+    if not said:
         usage = object_of(object_of(doc.get("x_groq")).get("usage"))
+        said = says_something(usage)
     # Mistral has the tier inside the usage.
     notes.identify(doc.get("model"), doc.get("id"), doc.get("service_tier") or usage.get("service_tier"))
     error = error_of(doc.get("error"))
@@ -43,11 +45,12 @@ def note_completion(doc: Doc, notes: Notes) -> None:
             reason = choice.get("finish_reason")
             over = over or bool(reason)
             error = error or error_of(choice.get("error"))
-            if not usage and isinstance(choice.get("usage"), dict):
-                usage = choice["usage"]  # Moonshot's streams have it there
+            if not said and "usage" in choice:  # Moonshot's streams have it there
+                usage = object_of(choice["usage"])
+                said = says_something(usage)
             if reason == "error":
                 error = error or "error"
-    if says_something(usage):
+    if said:
         notes.usage, notes.usage_final = usage, over
     if error is not None:
         notes.error = error

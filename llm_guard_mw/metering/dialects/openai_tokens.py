@@ -34,7 +34,7 @@ _GOOGLE = ("google", "vertex")
 #: Where the counters of tools stand that are run by the provider.
 _TOOLS = ("server_tool_use", "server_tool_use_details", "server_side_tool_usage_details", "connectors")
 _SECONDS = ("prompt_audio_seconds", "seconds")
-#: Members of a usage object, and of its details, that make `parts`. Most have none of them.
+#: Members of a usage object that make `parts`. Most have none of them.
 _WITH_PARTS = frozenset((*TOOL_PARTS, *_TOOLS, *_SECONDS, "citation_tokens"))
 
 
@@ -57,9 +57,11 @@ def read_tokens(usage: Doc, notes: Notes, *, output_follows: bool = True) -> Usa
     if cached is None:
         cached = _cached_elsewhere(usage)
     written = count_of(asked.get("cache_write_tokens"))
-    if written is None:
-        written = _written_elsewhere(usage, asked)
-    parts = _parts(usage, asked, wrote, notes)
+    if written is None and ("cache_creation_tokens" in asked or "cache_creation_input_tokens" in usage):
+        written = first_count(asked.get("cache_creation_tokens"), usage.get("cache_creation_input_tokens"))
+    parts = NO_PARTS
+    if notes.parts or "image_tokens" in asked or "image_tokens" in wrote or not _WITH_PARTS.isdisjoint(usage):
+        parts = _parts(usage, asked, wrote, notes)
     if prompt is None and completion is None and total is None and not parts:
         return None
 
@@ -123,12 +125,6 @@ def _cached_elsewhere(usage: Doc) -> int | None:
     )
 
 
-def _written_elsewhere(usage: Doc, asked: Doc) -> int | None:
-    if "cache_creation_tokens" not in asked and "cache_creation_input_tokens" not in usage:
-        return None
-    return first_count(asked.get("cache_creation_tokens"), usage.get("cache_creation_input_tokens"))
-
-
 def _anthropics_cache(usage: Doc) -> int | None:
     return total_of(count_of(usage.get("cache_read_input_tokens")), count_of(usage.get("cache_creation_input_tokens")))
 
@@ -147,9 +143,6 @@ def _is_gemini(notes: Notes) -> bool:
 
 
 def _parts(usage: Doc, asked: Doc, wrote: Doc, notes: Notes) -> Mapping[str, int]:
-    images = "image_tokens" in asked or "image_tokens" in wrote
-    if notes.parts is None and not images and _WITH_PARTS.isdisjoint(usage):
-        return NO_PARTS
     parts: dict[str, int | None] = {**tool_parts(usage), **(notes.parts or {})}
     for tools in _TOOLS:
         parts |= tool_parts(object_of(usage.get(tools)))
