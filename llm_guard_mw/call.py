@@ -138,6 +138,7 @@ class Call:
     request_id: str | None = None
     parent_id: str | None = None
     identified: bool = True  # False: a late source may still answer at the first exchange
+    answered: Principal | None = None  # ... and what it said while the app's framework still knew: `ask_now`
     unguarded: bool = False  # the store was away and the policy said "allow"
     started: float = field(default_factory=time.monotonic)
     door: Exchange | None = None  # exchange 0, until it is taken or closed

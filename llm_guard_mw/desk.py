@@ -12,13 +12,14 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import msgspec
 from msgspec.structs import replace
 
 from llm_guard_mw import settlement
+from llm_guard_mw.allowance import Allowance, allowances, limits_of
 from llm_guard_mw.balances import Limit, ScopeValues
 from llm_guard_mw.call import Call, Exchange, Record, current_call, new_call_id, sayable
 from llm_guard_mw.errors import GuardError, IdentityError, LimitExceeded, StoreUnavailable
@@ -53,7 +54,7 @@ from llm_guard_mw.reservation import (
 )
 from llm_guard_mw.settlement import Closing, Ending
 from llm_guard_mw.stores.journal import encode_event
-from llm_guard_mw.stores.protocol import ClockApart, Granted, ProcessStore, Refused, TooLate
+from llm_guard_mw.stores.protocol import BalanceState, ClockApart, Granted, ProcessStore, Refused, TooLate
 
 #: Refusals that get an event of their own, per principal and second; the rest are summed into one.
 REFUSAL_EVENTS_PER_SECOND = 3
@@ -172,6 +173,12 @@ class Desk:
         if needed:
             log.warning("would_refuse", code="unauthenticated", reason=str(error))
         return Late("nobody is known")
+
+    def ask_now(self, call: Call) -> None:
+        """Who is calling, asked while the app's framework still knows. Nobody acts on it before the first exchange."""
+        if not call.identified and call.request is not None:
+            with suppress(IdentityError):  # whoever needs to know asks once more, and hears of it then
+                call.answered = self.identifier.settle_late(call.request)
 
     def identified(self, call: Call, principal: Principal | Late) -> None:
         """A late source has answered: from now on the call has a name."""
@@ -375,6 +382,13 @@ class Desk:
             if (parent, scope, value) not in self._admitted:
                 values, stranger = _as_other(values, scope), True
         return values, stranger
+
+    def limits_of(self, user: str | int | None, tenant: str | int | None, tier: str | None) -> dict[str, Limit]:
+        """The limits that count for this caller, by balance. The app says who it is, as in `as_user`."""
+        return limits_of(self.policy, Principal(_id("user", user), _id("tenant", tenant), _id("tier", tier)))
+
+    def allowances(self, limits: Mapping[str, Limit], states: Iterable[BalanceState]) -> tuple[Allowance, ...]:
+        return allowances(limits, states, self.store.clock())
 
     def strangers(self, call: Call) -> list[Stranger]:
         """Values that some limit counts by and that this process has not met: the store decides on their balance."""

@@ -21,6 +21,7 @@ import asyncio
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
+from llm_guard_mw.allowance import Allowance
 from llm_guard_mw.call import Call, Exchange, current_call, enter, leave
 from llm_guard_mw.desk import Desk, DoorEnding, Unguarded
 from llm_guard_mw.errors import IdentityError, LimitExceeded, StoreUnavailable
@@ -112,10 +113,17 @@ class Guard(_Face):
                 self.store.close_call(call.id)
         self.desk.closed(call, ending)
 
+    def allowances(
+        self, *, user: str | int | None = None, tenant: str | int | None = None, tier: str | None = None
+    ) -> tuple[Allowance, ...]:
+        """What is left to this caller of each limit, and when there is more. Raises StoreUnavailable."""
+        limits = self.desk.limits_of(user, tenant, tier)
+        return self.desk.allowances(limits, self.store.peek(tuple(limits)))
+
     def _identify(self, call: Call, request: HttpRequest, *, needed: bool = True) -> None:
         """A late source has its say, at the first exchange."""
         try:
-            who: Principal | Late = self.desk.identifier.settle_late(request)
+            who: Principal | Late = call.answered or self.desk.identifier.settle_late(request)
         except IdentityError as error:
             who = self.desk.nobody(error, needed=needed)
         self.desk.identified(call, who)
@@ -212,10 +220,17 @@ class AsyncGuard(_Face):
                 await self.store.close_call(call.id)
         self.desk.closed(call, ending)
 
+    async def allowances(
+        self, *, user: str | int | None = None, tenant: str | int | None = None, tier: str | None = None
+    ) -> tuple[Allowance, ...]:
+        """What is left to this caller of each limit, and when there is more. Raises StoreUnavailable."""
+        limits = self.desk.limits_of(user, tenant, tier)
+        return self.desk.allowances(limits, await self.store.peek(tuple(limits)))
+
     async def _identify(self, call: Call, request: HttpRequest, *, needed: bool = True) -> None:
         """A late source has its say, at the first exchange."""
         try:
-            who: Principal | Late = await self.desk.identifier.asettle_late(request)
+            who: Principal | Late = call.answered or await self.desk.identifier.asettle_late(request)
         except IdentityError as error:
             who = self.desk.nobody(error, needed=needed)
         self.desk.identified(call, who)

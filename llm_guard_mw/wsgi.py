@@ -24,6 +24,7 @@ from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvir
 
 from llm_guard_mw.call import Call, enter
 from llm_guard_mw.desk import DoorEnding
+from llm_guard_mw.flask_context import follow_flask
 from llm_guard_mw.guard import Guard
 from llm_guard_mw.http import Answer, Headers, HttpRequest
 from llm_guard_mw.identity import Identifier
@@ -52,6 +53,7 @@ class WSGIGuardMiddleware:
         self.installation = install(config)
         self.installation.desk.identifier.refuse_async()
         self.guard = Guard(self.installation.desk)
+        follow_flask()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         route = self.installation.config.policy.route(environ["REQUEST_METHOD"], _path(environ))

@@ -498,8 +498,8 @@ def _hold(kept: bytes) -> list[Any]:
 
 
 def _state(name: str, kept: bytes) -> BalanceState:
-    kind, start, spent, held, *_, changes, _until = _decode(kept)
-    return BalanceState(name, _KINDS[kind], start, spent, held, changes)
+    kind, start, spent, held, rem, stamp, _rate, _period, tick, changes, _until = _decode(kept)
+    return BalanceState(name, _KINDS[kind], start, spent, held, changes, rem, stamp * tick)
 
 
 def _kind_of(name: str) -> Kind:
