@@ -106,6 +106,7 @@ class Exchange:
     credits: int | None = None
     first_byte: float | None = None
     closed: bool = False
+    alone: bool = False  # granted by this process itself, while the store was away
 
     @property
     def api(self) -> str | None:
@@ -139,7 +140,8 @@ class Call:
     parent_id: str | None = None
     identified: bool = True  # False: a late source may still answer at the first exchange
     answered: Principal | None = None  # ... and what it said while the app's framework still knew: `ask_now`
-    unguarded: bool = False  # the store was away and the policy said "allow"
+    alone: bool = False  # the store was away, and this process guarded by its own count
+    unguarded: bool = False  # ... and while observing it could not even do that
     started: float = field(default_factory=time.monotonic)
     door: Exchange | None = None  # exchange 0, until it is taken or closed
     claimed: set[str] = field(default_factory=set)  # balances of requests and concurrency: once a call

@@ -32,7 +32,14 @@ DEFAULT_STORE: Final = "sqlite:///llm_guard.db"
 ENVIRONMENT_PREFIX: Final = "LLM_GUARD_"
 #: Variables of this package that are no part of the configuration.
 _OTHER_VARIABLES: Final = frozenset(
-    {"LLM_GUARD_CONFIG", "LLM_GUARD_KEY_SECRET", "LLM_GUARD_CORPUS", "LLM_GUARD_VOCAB", "LLM_GUARD_HYPOTHESIS"}
+    {
+        "LLM_GUARD_CONFIG",
+        "LLM_GUARD_CORPUS",
+        "LLM_GUARD_HYPOTHESIS",
+        "LLM_GUARD_KEY_SECRET",
+        "LLM_GUARD_SPOOL",
+        "LLM_GUARD_VOCAB",
+    }
 )
 #: Values that are never shown.
 _SECRET_KEYS: Final = frozenset({"key", "api_key", "to"})

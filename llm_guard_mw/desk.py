@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from llm_guard_mw import settlement
 from llm_guard_mw.allowance import Allowance, allowances, limits_of
+from llm_guard_mw.alone import Alone
 from llm_guard_mw.balances import Limit, ScopeValues
 from llm_guard_mw.call import Call, Exchange, Record, current_call, new_call_id, sayable
 from llm_guard_mw.errors import GuardError, IdentityError, LimitExceeded, StoreUnavailable
@@ -53,6 +54,7 @@ from llm_guard_mw.reservation import (
     refuse_unbounded,
 )
 from llm_guard_mw.settlement import Closing, Ending
+from llm_guard_mw.spool import Spool
 from llm_guard_mw.stores.journal import encode_event
 from llm_guard_mw.stores.protocol import BalanceState, ClockApart, Granted, ProcessStore, Refused, TooLate
 
@@ -84,7 +86,7 @@ Stranger = tuple[str, str, str]  # (parent, scope, value)
 
 @dataclass(frozen=True, slots=True)
 class Unguarded:
-    """The store is away and the policy says "allow": nothing is held, nothing will be booked."""
+    """The store is away, and nothing could be booked here; but while observing nobody is refused."""
 
 
 class DoorEnding(msgspec.Struct, frozen=True, gc=False):
@@ -102,12 +104,15 @@ class DoorEnding(msgspec.Struct, frozen=True, gc=False):
 class Desk:
     """One a process, made by `process`; safe to use from many threads."""
 
-    def __init__(self, policy: Policy, prices: PriceBook, identifier: Identifier, store: ProcessStore) -> None:
+    def __init__(
+        self, policy: Policy, prices: PriceBook, identifier: Identifier, store: ProcessStore, spool: Spool
+    ) -> None:
         self.policy = policy
         self.prices = prices
         self.identifier = identifier
         self.store = store
         self.async_store = store.async_face()
+        self.spool = spool
         self._start_anew()
         _desks.add(self)
 
@@ -116,6 +121,7 @@ class Desk:
         self.open: dict[str, Exchange] = {}
         self.calls: dict[str, Call] = {}
         self.outbox: deque[Closing] = deque()
+        self.alone = Alone(self.spool)
         self._admitted: OrderedDict[Stranger, None] = OrderedDict()
         self._known_terms: dict[tuple[object, ...], Terms] = {}
         self._refusals: dict[Principal, _RefusalCount] = {}
@@ -205,6 +211,12 @@ class Desk:
     def named(self, call: Call, outcome: Exchange | Refusal | Unguarded) -> None:
         """From here on that one is exchange 0."""
         if isinstance(outcome, Exchange):
+            before = call.door  # None: it was taken over
+            if before is not None and outcome.alone:  # the store holds that one, and nobody could give it back
+                self._drop(outcome)
+                return
+            if before is not None and before.alone:
+                self._drop(before)
             self.open.pop(f"{call.id}/0", None)
             self.open[outcome.id] = call.door = outcome
 
@@ -310,6 +322,7 @@ class Desk:
             call.closed = True
             self.calls.pop(call.id, None)
             self.store.close_call_soon(call.id, lambda _error: None)
+            self._leave_alone(call)
 
     def _plan(self, call: Call, claim: Claim, takes: str | None = None) -> Plan:
         model = UNKNOWN_MODEL if claim.asked.model and claim.rates.flagged else claim.asked.model
@@ -325,15 +338,38 @@ class Desk:
     def undo(self, wish: Plan) -> None:
         """Give back what the store may have granted to somebody who did not wait for its answer."""
         self.settle_soon(settlement.undo(wish.wish.exchange, wish.call, wish.draft))
-        # Whoever closes the call frees what it may have joined.
-        wish.call.joined |= any(demand.kind is Kind.CONCURRENT for demand in wish.wish.offers[0].demands)
+        _note_joined(wish)
 
-    def let_pass(self, call: Call, error: StoreUnavailable) -> Unguarded:
-        """A store that is away stops the call, unless the rules say that it passes unguarded then."""
+    def without_store(self, wish: Plan, error: StoreUnavailable) -> Exchange | Refusal | Unguarded:
+        """The store did not answer: the call is stopped, or guarded by this process alone. The rules say which."""
+        call, alone, passes = wish.call, wish, self.lets_pass(wish.call.route)
+        if error.asked:  # it may have granted it all the same, under this id: that is given back, and not used
+            if passes:
+                alone = self._plan(call, wish.claim, takes=wish.wish.takes)
+                alone = replace(alone, wish=replace(alone.wish, force=wish.wish.force))
+            _note_joined(wish)
+            self.keep_for_later(settlement.undo(wish.wish.exchange, call, wish.draft), error)
+        if not passes:
+            raise error
+        call.alone, joined = True, call.joined
+        try:
+            answer = self.read(alone, self.alone.reserve(alone.wish, error))
+        except StoreUnavailable as full:
+            if not self.observing:
+                raise
+            log.warning("unguarded", reason=str(full), call_id=call.id)
+            return Unguarded()
+        call.joined = joined  # what it has joined here, the store knows nothing of
+        if isinstance(answer, Exchange):
+            answer.alone = True
+            if answer.granted.took:
+                self.open.pop(alone.wish.takes or "", None)
+        return answer
+
+    def let_pass(self, call: Call, error: StoreUnavailable) -> None:
+        """Whether a new scope value may have a balance was not told. The reserve will hear from the store as well."""
         if not self.lets_pass(call.route):
             raise error
-        log.warning("unguarded", reason=str(error), call_id=call.id)
-        return Unguarded()
 
     def lets_pass(self, route: Route | None) -> bool:
         """Whether what cannot be guarded passes: so says `on_store_failure`, and so it is while observing."""
@@ -432,7 +468,26 @@ class Desk:
         )
         exchange.call.events.append(closing.event)
         self._book_what_waited(exchange.call)
+        if exchange.alone:
+            self._close_alone(closing)
+            self.settled(exchange.call)
+            return None
         return closing
+
+    def _close_alone(self, closing: Closing) -> None:
+        """It was granted here, so that the store hears of it by the spool."""
+        with self.tolerant("spool"):
+            self.alone.close(closing)
+        self.let_go(closing)
+
+    def _drop(self, exchange: Exchange) -> None:
+        with self.tolerant("spool"):
+            self.alone.drop(exchange.id)
+        self.open.pop(exchange.id, None)
+
+    def _leave_alone(self, call: Call) -> None:
+        if call.alone:
+            self.alone.close_call(call.id)
 
     def _in_flight(self, call: Call) -> bool:
         return any(exchange.call is call and not exchange.closed for exchange in list(self.open.values()))
@@ -455,6 +510,7 @@ class Desk:
             self.calls.pop(call.id, None)
             if call.joined:
                 self.store.close_call_soon(call.id, lambda _error: None)
+            self._leave_alone(call)
             log_call(call, None)
 
     def closings(self, call: Call, ending: DoorEnding) -> list[Closing]:
@@ -477,6 +533,8 @@ class Desk:
                 with self.tolerant("record"):
                     closings.append(self._booking(call, record))
         call.events.extend(closing.event for closing in closings)
+        if door is not None and door.alone:
+            self._close_alone(closings.pop())
         return closings
 
     def _door_closing(self, call: Call, door: Exchange, records: list[Record], ending: DoorEnding) -> Closing:
@@ -504,6 +562,7 @@ class Desk:
 
     def closed(self, call: Call, ending: DoorEnding) -> None:
         self.calls.pop(call.id, None)
+        self._leave_alone(call)
         log_call(call, ending.status)
 
     # ------------------------------------------------------------ what the app reports and spends itself
@@ -537,8 +596,10 @@ class Desk:
                 outcome = self.store.reserve(wish.wish)
             answer = self.read(wish, outcome)
         except StoreUnavailable as error:
-            self.let_pass(call, error)
-            return
+            unheard = self.without_store(wish, error)
+            if isinstance(unheard, Unguarded):
+                return
+            answer = unheard
         except BaseException:
             self.undo(wish)
             raise
@@ -546,7 +607,10 @@ class Desk:
             raise LimitExceeded(answer)
         closing = settlement.close_charge(answer)
         call.events.append(closing.event)
-        self.settle_soon(closing)
+        if answer.alone:
+            self._close_alone(closing)
+        else:
+            self.settle_soon(closing)
 
     # ------------------------------------------------------------ what waits for the store
 
@@ -631,7 +695,13 @@ class Desk:
             decision="reject",
             count=count,
         )
-        self.store.append_soon(f"{call.id}/{number}/refused", encode_event(event), _log_lost)
+        entry_id, payload = f"{call.id}/{number}/refused", encode_event(event)
+
+        def done(error: BaseException | None) -> None:
+            if error is not None and not self.alone.note_refusal(entry_id, payload):
+                log.warning("refusal_not_recorded", reason=str(error))
+
+        self.store.append_soon(entry_id, payload, done)
 
 
 @dataclass(slots=True)
@@ -653,9 +723,9 @@ class _RefusalCount:
         return int(now) - self.second <= 1
 
 
-def _log_lost(error: BaseException | None) -> None:
-    if error is not None:
-        log.warning("refusal_not_recorded", reason=str(error))
+def _note_joined(wish: Plan) -> None:
+    """Nobody heard what became of it: whoever closes the call frees what it may have joined."""
+    wish.call.joined |= any(demand.kind is Kind.CONCURRENT for demand in wish.wish.offers[0].demands)
 
 
 def _feature(call: Call) -> str | None:

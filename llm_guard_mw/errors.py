@@ -68,12 +68,14 @@ class ConfigError(GuardError):
 class StoreUnavailable(GuardError):
     """The store did not answer in time, refused the work, or has no room left in its journal.
 
-    `retry_after_seconds` is what a 503 should say.
+    `retry_after_seconds` is what a 503 should say. `asked` says that the words may have reached the store, which
+    may have done what they say.
     """
 
-    def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after_seconds: int = 1, asked: bool = False) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+        self.asked = asked
 
 
 class LedgerUnavailable(GuardError):

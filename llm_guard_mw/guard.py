@@ -150,7 +150,7 @@ class Guard(_Face):
                 outcome = self.store.reserve(plan.wish)
             return self.desk.read(plan, outcome)
         except StoreUnavailable as error:
-            return self.desk.let_pass(plan.call, error)
+            return self.desk.without_store(plan, error)
         except BaseException:  # whoever goes away while the store is asked (a cancelled task) takes the hold with it
             self.desk.undo(plan)
             raise
@@ -257,7 +257,7 @@ class AsyncGuard(_Face):
                 outcome = await self.store.reserve(plan.wish)
             return self.desk.read(plan, outcome)
         except StoreUnavailable as error:
-            return self.desk.let_pass(plan.call, error)
+            return self.desk.without_store(plan, error)
         except BaseException:  # whoever goes away while the store is asked (a cancelled task) takes the hold with it
             self.desk.undo(plan)
             raise

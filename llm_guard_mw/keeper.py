@@ -2,52 +2,39 @@
 
     renew     the leases of all holds and calls this process has open, every third of the lease, in one batch
     sweep     book the holds whose owners are gone, every half lease
-    drain     move journal entries into the ledger, within a second when there is room
+    drain     move journal entries into the ledger, within a second when there is room; left to a worker that lives
     retry     settlements that the store did not take
-    prune     what has had its time, in store and ledger, now and then
+    replay    what was granted while the store was away, by this process or by one that is gone
+    prune     what has had its time, in store and ledger, now and then; likewise
 
-Under load the drain yields: after a full batch it rests several times as long as the batch took. The ledger (and
-with it SQLAlchemy, a second of imports) is first touched when there is something to drain.
+Under load the drain yields: it takes what the requests leave of the interpreter (`duties.Room`). The ledger (and with
+it SQLAlchemy, a second of imports) is first touched when there is something to drain.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from llm_guard_mw.desk import Desk
-from llm_guard_mw.errors import GuardError
+from llm_guard_mw.duties import PRUNE_SECONDS, Duty, Patience, Room, prune, sweep
+from llm_guard_mw.errors import GuardError, StoreUnavailable
 from llm_guard_mw.estimate import load_vocabularies
 from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.logs import log
 from llm_guard_mw.stores.protocol import Settled
 
 TICK_SECONDS = 0.25
-#: Small, since the ledger may share the store's file: 100 entries lock it for about 10 ms.
+#: A long spool must not keep leases from being renewed: the rest of it is for the next turn.
+REPLAY_TURN_SECONDS = 1.0
+#: Small, since the ledger may share the store's file: 100 entries lock it for some milliseconds.
 DRAIN_BATCH = 100
 DRAIN_TURN_SECONDS = 1.0
-#: Under load the drain rests so many times as long as a batch took: its thread and the requests share one interpreter.
-DRAIN_REST = 4
-PRUNE_SECONDS = 3600.0
-
-#: After a failed drain the ledger is left alone for this long, doubled at each further failure.
-LEDGER_REST_SECONDS = 1.0
-LEDGER_REST_MAX_SECONDS = 30.0
+#: With the journal this full a worker is not alone with it any more.
+HELP_AT = 0.5
 
 #: How long a fork waits for the duty at hand; the longest ones import a library or write a batch.
 FORK_WAIT_SECONDS = 5.0
-
-
-@dataclass(slots=True)
-class _Duty:
-    """Something done every so often; a failure is logged and does not keep the others from being done."""
-
-    name: str
-    every: float
-    work: Callable[[], None]
-    due: float = 0.0
 
 
 class Keeper:
@@ -59,14 +46,16 @@ class Keeper:
         self.retention_days = retention_days
         lease = desk.policy.lease_seconds
         self.duties = [
-            _Duty("retry", TICK_SECONDS, self._retry),
-            _Duty("renew", lease / 3, self._renew),
-            _Duty("sweep", lease / 2, self._sweep),
-            _Duty("refusals", 1.0, desk.flush_refusals),
-            _Duty("drain", TICK_SECONDS, self._drain),
-            _Duty("prune", PRUNE_SECONDS, self._prune),
+            Duty("retry", TICK_SECONDS, self._retry),
+            Duty("replay", TICK_SECONDS, self._replay),
+            Duty("spool", 1.0, desk.spool.sync),
+            Duty("renew", lease / 3, self._renew),
+            Duty("sweep", lease / 2, self._sweep),
+            Duty("refusals", 1.0, desk.flush_refusals),
+            Duty("drain", TICK_SECONDS, self._drain),
+            Duty("prune", PRUNE_SECONDS, self._prune),
         ]
-        self._failures = 0
+        self._patience = Patience()
         self.restart()
 
     def restart(self) -> None:
@@ -75,6 +64,7 @@ class Keeper:
         self._starting = threading.Lock()
         self._stopping = threading.Event()
         self._busy = threading.Lock()
+        self._room: Room | None = None
         now = time.monotonic()
         for duty in self.duties:
             duty.due = now + (duty.every if duty.every > 1 else 0)
@@ -118,7 +108,7 @@ class Keeper:
                 if now >= duty.due:
                     self._do(duty)
         for duty in self.duties:
-            if duty.name in ("retry", "refusals", "drain"):
+            if duty.name in ("retry", "replay", "refusals", "drain"):
                 self._do(duty)
 
     def _warm_up(self) -> None:
@@ -130,21 +120,16 @@ class Keeper:
         except Exception:
             log.exception("keeper_failed", duty="warm_up")
 
-    def _do(self, duty: _Duty) -> None:
-        duty.due = time.monotonic() + duty.every
-        try:
-            with self._busy:
-                duty.work()
-        except GuardError as error:
-            log.warning("keeper_waits", duty=duty.name, reason=str(error))
-        except Exception:
-            log.exception("keeper_failed", duty=duty.name)
+    def _do(self, duty: Duty) -> None:
+        with self._busy:
+            duty.do()
 
     # ------------------------------------------------------------ the duties
 
     def _renew(self) -> None:
         desk = self.desk
-        exchanges, calls = list(desk.open), [call.id for call in list(desk.calls.values()) if call.joined]
+        exchanges = [name for name, exchange in list(desk.open.items()) if not exchange.alone]
+        calls = [call.id for call in list(desk.calls.values()) if call.joined]
         if not exchanges and not calls:
             return
         renewed = desk.store.renew(exchanges, calls, desk.policy.lease_seconds * 1000)
@@ -161,9 +146,7 @@ class Keeper:
                 exchange.lease_end = renewed.lease_end
 
     def _sweep(self) -> None:
-        booked = self.desk.store.expire()
-        if booked:
-            log.warning("abandoned", exchanges=booked)
+        sweep(self.desk.store)
 
     def _retry(self) -> None:
         outbox = self.desk.outbox
@@ -177,27 +160,43 @@ class Keeper:
             if outcome is Settled.TOO_LATE:
                 log.error("settle_too_late", call_id=closing.event.call_id, attempt=closing.event.attempt)
 
+    def _replay(self) -> None:
+        desk = self.desk
+        if not desk.spool.is_waiting():
+            return
+        # What is settled is entered: like a reserve, this waits while the ledger does not take enough of it.
+        try:
+            if desk.store.journal_length() < desk.policy.journal_max * 9 // 10:
+                desk.alone.replay(REPLAY_TURN_SECONDS)
+        except StoreUnavailable:  # it was told when this process began to guard alone
+            return
+
     def _drain(self) -> None:
-        if not self.desk.store.journal_length():
+        store, journal_max = self.desk.store, self.desk.policy.journal_max
+        room = self._room = self._room or Room()
+        room.look()
+        waiting = store.journal_length()
+        if not waiting or (waiting < HELP_AT * journal_max and store.attended()):
             return
         try:
-            began = started = time.monotonic()
-            while self.ledger.drain(self.desk.store, DRAIN_BATCH) == DRAIN_BATCH and not self._stopping.is_set():
+            began = time.monotonic()
+            while True:
+                started, cpu = time.monotonic(), time.thread_time()
+                drained = self.ledger.drain(store, DRAIN_BATCH) or 0
+                waiting -= drained
+                now = time.monotonic()
                 # A long journal must not keep leases from being renewed: the rest of it is for the next turn.
-                if time.monotonic() - began > DRAIN_TURN_SECONDS:
+                if drained < DRAIN_BATCH or now - began > DRAIN_TURN_SECONDS:
                     break
-                if self._stopping.wait(DRAIN_REST * (time.monotonic() - started)):
+                room.look()
+                if self._stopping.wait(room.rest(time.thread_time() - cpu, now - started, waiting / journal_max)):
                     break
-                started = time.monotonic()
-            self._failures = 0
+            self._patience.worked()
         except Exception as error:
-            self._failures += 1
-            rest = min(LEDGER_REST_SECONDS * 2 ** (self._failures - 1), LEDGER_REST_MAX_SECONDS)
-            next(duty for duty in self.duties if duty.name == "drain").due = time.monotonic() + rest
-            log.warning("ledger_away", reason=f"{type(error).__name__}: {error}", rest_seconds=rest)
+            next(duty for duty in self.duties if duty.name == "drain").due = time.monotonic() + self._patience.failed(
+                error
+            )
 
     def _prune(self) -> None:
-        forgotten = self.desk.store.forget()
-        pruned = self.ledger.prune(self.desk.store.now(), self.retention_days)
-        if forgotten or pruned:
-            log.info("pruned", balances=forgotten, rows=pruned)
+        if not self.desk.store.attended():
+            prune(self.desk.store, self.ledger, self.retention_days)

@@ -118,6 +118,8 @@ def log_call(call: Call, status: int | None) -> None:
         fields["outcomes"] = dict(call.outcomes)
     if not call.identified or call.principal.anonymous:
         fields["unattributed"] = True
+    if call.alone:
+        fields["alone"] = True
     if call.unguarded:
         fields["unguarded"] = True
     if call.would_refuse is not None:

@@ -251,7 +251,7 @@ class Line(msgspec.Struct, frozen=True, gc=False):
 # ---------------------------------------------------------------- the books
 
 
-class UsageEvent(msgspec.Struct, frozen=True, gc=False):
+class UsageEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One exchange in the books, append-only. The names are the contract of `events --format jsonl`.
 
     `at` is UTC in microseconds since the epoch. `input_tokens` and `output_tokens` are what was billed,

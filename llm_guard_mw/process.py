@@ -26,6 +26,7 @@ from llm_guard_mw.keeper import Keeper
 from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.logs import log
 from llm_guard_mw.pricing import PriceBook
+from llm_guard_mw.spool import Spool, spool_folder
 from llm_guard_mw.stores import open_store
 
 #: Where a configuration is looked for when nobody names one.
@@ -97,13 +98,16 @@ def _load(config: ConfigLike | None) -> Config:
 
 def _put_together(config: Config) -> Installation:
     store = open_store(config.store, journal_max=config.policy.journal_max)
-    desk = Desk(config.policy, PriceBook(config.prices), Identifier(config.identity), store)
+    spool = Spool(spool_folder(config.store, config.ledger, config.source, os.environ), store)
+    desk = Desk(config.policy, PriceBook(config.prices), Identifier(config.identity), store, spool)
     ledger = Ledger(config.ledger, timezone=config.policy.timezone)
     return Installation(config, desk, Keeper(desk, ledger, retention_days=config.policy.retention_days))
 
 
 def _take_apart(installed: Installation) -> None:
     installed.keeper.stop()
+    installed.desk.alone.keep(installed.desk.outbox)
+    installed.desk.spool.close()
     installed.desk.store.close()
     installed.keeper.ledger.close()
     installed.desk.identifier.close()

@@ -392,13 +392,13 @@ def _shortfall(limit: Limit, demand: Demand, at_least: int, standing: Standing, 
         code = "never_fits"
     else:
         code = "budget_spent" if limit.is_budget else "rate_limited"
-        if limit.kind is Kind.BUCKET:
+        if standing.window_end is not None:
+            reset_at = standing.window_end
+            wait_ms = standing.window_end - at
+        elif limit.kind is Kind.BUCKET:
             over = standing.spent + standing.held + claim - demand.ceiling
             wait_ms = wait_ticks(over, standing.rem, demand.rate, demand.period) * demand.tick
             reset_at = at + wait_ms
-        elif standing.window_end is not None:
-            reset_at = standing.window_end
-            wait_ms = standing.window_end - at
         if by_holds:
             wait_ms = SOON_MS
     return Shortfall(

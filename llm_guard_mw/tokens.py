@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from zlib import adler32
 
 if TYPE_CHECKING:
     import tiktoken
@@ -107,7 +108,7 @@ _NUMBERS = _classes(D=b"0123456789")
 
 
 def upper_tokens(text: bytes) -> int:
-    """At least as many tokens as `text` is, and never more than its bytes. About 20 ns a byte."""
+    """At least as many tokens as `text` is, and never more than its bytes. About 10 ns a byte."""
     size = len(text)
     if not size:
         return 0
@@ -115,7 +116,7 @@ def upper_tokens(text: bytes) -> int:
     after_space, after_sign = words(b"SL"), words(b"PL")
     runs = text.translate(_RUNS).count
     units = (
-        sum(text.translate(_COSTS))
+        _sum(text.translate(_COSTS))
         - _OFFSET * size
         + 6 * _UNIT
         + 25 * (after_space + after_sign + words(b"xL"))
@@ -127,6 +128,16 @@ def upper_tokens(text: bytes) -> int:
         + 91 * text.translate(_NUMBERS).count(b"xD")
     )
     return max(1, min(size, -(-units // _UNIT)))
+
+
+def _sum(data: bytes) -> int:
+    """`sum(data)`, without a Python number for each byte.
+
+    The lower half of an Adler-32 checksum is 1 + the sum of the bytes, modulo 65521 (RFC 1950, section 8.2), which
+    256 bytes cannot reach.
+    """
+    sums = [adler32(data[start : start + 256]) & 0xFFFF for start in range(0, len(data), 256)]
+    return sum(sums) - len(sums)
 
 
 # ---------------------------------------------------------------- vocabularies

@@ -7,6 +7,7 @@ Rule 3. `events`, `report` and `verify` drain the journal first, and run beside 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -238,6 +239,34 @@ def _show_verification(found: Verification) -> None:
     typer.echo(f"The books do not add up: {len(found.findings)} findings, drift {drift}, {holds}.")
 
 
+# ---------------------------------------------------------------- in the background
+
+
+@app.command()
+def worker(config: ConfigPath = _CONFIG, form: Output = Format.TABLE) -> None:
+    """Drain, sweep and prune in a process of their own, until it is told to stop."""
+    import logging
+    import signal
+    import threading
+
+    from llm_guard_mw.worker import Worker
+
+    stopping = threading.Event()
+
+    def stop(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
+        stopping.set()
+
+    for asked in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(asked, stop)
+    with _put_together(config, logging.INFO) as (loaded, ledger, store):
+        policy = loaded.policy
+        work = Worker(store, ledger, lease_seconds=policy.lease_seconds, retention_days=policy.retention_days).run(
+            stopping
+        )
+    write_record(asdict(work), form, lambda: None)
+
+
 # ---------------------------------------------------------------- the demo
 
 
@@ -273,19 +302,29 @@ def demo(
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Ledger, Store]]:
     """The ledger and the store that a configuration names; what cannot be reached ends the command."""
+    with _put_together(path) as (_, ledger, store):
+        yield ledger, store
+
+
+@contextmanager
+def _put_together(path: Path, log_level: int | None = None) -> Iterator[tuple[Config, Ledger, Store]]:
     from llm_guard_mw.config import load_config
     from llm_guard_mw.errors import ConfigError, GuardError
     from llm_guard_mw.ledger import Ledger
+    from llm_guard_mw.spool import Spool, spool_folder
     from llm_guard_mw.stores import open_store
 
-    _configure_logs()
+    _configure_logs(log_level)
     try:
         loaded = load_config(path)
         ledger = Ledger(loaded.ledger, timezone=loaded.policy.timezone)
         store = open_store(loaded.store, journal_max=loaded.policy.journal_max)
+        spool = Spool(spool_folder(loaded.store, loaded.ledger, loaded.source, os.environ), store)
         try:
-            yield ledger, store
+            spool.replay()  # of processes that are gone
+            yield loaded, ledger, store
         finally:
+            spool.close()
             ledger.close()
             store.close()
     except ConfigError as error:
@@ -309,9 +348,9 @@ def _fail(reason: str) -> NoReturn:
     raise typer.Exit(FAILED)
 
 
-def _configure_logs() -> None:
+def _configure_logs(level: int | None = None) -> None:
     import logging
 
     from llm_guard_mw import logs
 
-    logs.configure(logging.WARNING)
+    logs.configure(logging.WARNING if level is None else level)

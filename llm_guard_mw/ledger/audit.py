@@ -1,7 +1,7 @@
 """The audit behind `verify`: the store's balances against the books, and the books against themselves.
 
-It sweeps, drains, and then holds the drain's lease, so that the books stand still while it pages a store that does
-not. It proves:
+It sweeps, drains, and then holds the books still, so that no drain commits while it pages a store that does not stand
+still. It proves:
 
     spent         of each calendar and total balance = window_totals + entries not yet in the ledger
                   + what open holds spent at reserve (requests)
@@ -69,11 +69,11 @@ class Report:
     open_holds: int = 0
 
 
-def audit(books: Database, zone: ZoneInfo, store: Store) -> Report:
+def audit(books: Database, store: Store, drain_all: Callable[[], object]) -> Report:
     """Look at everything once. It runs beside live processes."""
     while store.expire():
         pass
-    drain_all(books, zone, store)
+    drain_all()
     report = Report()
     with _books_held_still(books, store.epoch()) as keep:
         _check_store(books, store, keep, report)
@@ -85,26 +85,26 @@ def audit(books: Database, zone: ZoneInfo, store: Store) -> Report:
     return report
 
 
-def drain_all(books: Database, zone: ZoneInfo, store: Store) -> int:
-    """Drain until the journal is empty, or nearly so: live processes may write as fast as we read."""
+def drain_all(books: Database, zone: ZoneInfo, store: Store, consumer: str) -> int:
+    """Drain until nothing is left of what was in the journal; live processes may write as fast as we read."""
     total = 0
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    began, deadline = store.now(), time.monotonic() + _PATIENCE_SECONDS
     while True:
-        drained = drain(books, zone, store, _DRAIN_MOST)
-        if drained is None:
-            # Somebody else drains for us; what is left then is what came in meanwhile.
-            if time.monotonic() > deadline:
-                raise LedgerUnavailable(f"ledger {books.name}: another process has been draining it for too long")
-            time.sleep(0.02)
-            continue
-        total += drained
-        if drained < _DRAIN_MOST:
+        drained = drain(books, zone, store, consumer, _DRAIN_MOST)
+        total += drained or 0
+        oldest = store.read_journal("", 1)
+        if not oldest or oldest[0].at > began:
             return total
+        if not drained:
+            # Somebody has it in hand, alive or dead; or the books are held still.
+            if time.monotonic() > deadline:
+                raise LedgerUnavailable(f"ledger {books.name}: another process has been at its journal for too long")
+            time.sleep(0.02)
 
 
 @contextmanager
 def _books_held_still(books: Database, epoch: str) -> Iterator[Callable[[], None]]:
-    """The drain's lease, for as long as `keep` is called now and then."""
+    """No drain commits, for as long as `keep` is called now and then."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         with lease(books, epoch) as held:
@@ -112,7 +112,7 @@ def _books_held_still(books: Database, epoch: str) -> Iterator[Callable[[], None
                 yield _keeper(books, held)
                 return
         if time.monotonic() > deadline:
-            raise LedgerUnavailable(f"ledger {books.name}: another process has been draining it for too long")
+            raise LedgerUnavailable(f"ledger {books.name}: another process has been verifying it for too long")
         time.sleep(0.02)
 
 
@@ -124,7 +124,7 @@ def _keeper(books: Database, held: Lease) -> Callable[[], None]:
         if time.monotonic() - kept < _KEEP_EVERY_SECONDS:
             return
         if not held.renew(books):
-            raise LedgerUnavailable(f"ledger {books.name}: the drain's lease was lost meanwhile; verify once more")
+            raise LedgerUnavailable(f"ledger {books.name}: it was drained meanwhile; verify once more")
         kept = time.monotonic()
 
     return keep

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
+import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
@@ -29,6 +32,7 @@ class Ledger:
         self.url = url
         self.zone = ZoneInfo(timezone)
         self._opened: tuple[int, Database] | None = None
+        self._hands: _Hands | None = None
 
     @property
     def database(self) -> Database:
@@ -42,21 +46,35 @@ class Ledger:
             opened = self._opened = os.getpid(), Database(self.url)
         return opened[1]
 
+    def make_ready(self) -> None:
+        """See to it that the tables are there; ConfigError for those that this version cannot work with."""
+        self.database.make_ready()
+
     def migrate(self) -> str:
         """Bring the schema up to date; any number of processes may ask at once. Returns its revision."""
         return self.database.migrate()
 
     def drain(self, store: Store, most: int = 500) -> int | None:
-        """Take down up to `most` entries of the store's journal. Returns how many; None if another process drains."""
+        """Take down up to `most` entries of the store's journal. Returns how many; None while `verify` reads."""
         from llm_guard_mw.ledger.drain import drain
 
-        return drain(self.database, self.zone, store, most)
+        hands = self._my_hands()
+        with hands.busy:
+            return drain(self.database, self.zone, store, hands.name, most)
 
     def drain_all(self, store: Store) -> int:
-        """Take down all there is, waiting for another drainer if need be. Returns how many entries that were."""
+        """Take down all there is; what others have in hand is waited for. Returns how many entries were ours."""
         from llm_guard_mw.ledger.audit import drain_all
 
-        return drain_all(self.database, self.zone, store)
+        hands = self._my_hands()
+        with hands.busy:
+            return drain_all(self.database, self.zone, store, hands.name)
+
+    def _my_hands(self) -> _Hands:
+        hands = self._hands
+        if hands is None or hands.pid != os.getpid():
+            hands = self._hands = _Hands(os.getpid(), f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
+        return hands
 
     def events(self, since: str | None = None, until: str | None = None) -> Iterator[dict[str, Any]]:
         """The UsageEvents by time, one dict each, `at` in RFC 3339. However many: memory stays flat."""
@@ -88,6 +106,15 @@ class Ledger:
         return None if written is None else parse_moment(written, self.zone, _now())
 
 
+@dataclass(frozen=True, slots=True)
+class _Hands:
+    """What this process's drain is called in the journal, and that one of its threads drains at a time."""
+
+    pid: int
+    name: str
+    busy: threading.Lock = field(default_factory=threading.Lock)
+
+
 def _now() -> int:
     return time.time_ns() // 1000
 
@@ -109,7 +136,7 @@ def verify(store: Store, ledger: Ledger) -> Verification:
     """Sweep, drain, and prove the account: see docs/explanation/books.md. It runs beside live processes."""
     from llm_guard_mw.ledger.audit import audit
 
-    found = audit(ledger.database, ledger.zone, store)
+    found = audit(ledger.database, store, lambda: ledger.drain_all(store))
     return Verification(
         ok=not found.findings,
         drift_nanos=sum(finding.nanos for finding in found.findings),

@@ -13,13 +13,29 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, Table, create_engine, event, inspect, make_url, select, text
+from sqlalchemy import (
+    JSON,
+    Column,
+    Connection,
+    Engine,
+    Table,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    inspect,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -33,7 +49,7 @@ VERSION_TABLE = "llm_guard_alembic_version"
 HEAD = "0001"
 
 #: What a value can do wrong, rather than the database.
-POISON = (DataError, IntegrityError, OverflowError, UnicodeError, ValueError)
+POISON = (DataError, IntegrityError, OverflowError, UnicodeError, ValueError, orjson.JSONEncodeError)
 
 #: How long a transaction waits for another process to let go of the file.
 _LOCK_WAIT_SECONDS = 10
@@ -51,6 +67,7 @@ class Database:
         self.engine = _engine(url)
         self.name = self.engine.url.render_as_string(hide_password=True)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        self._prepared: dict[Writing, _Prepared] = {}
         self._ready = False
 
     # -- transactions
@@ -93,6 +110,15 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def write_many(self, connection: Connection, writing: Writing, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run a statement for each of the rows, of which every one has a value for each column."""
+        if not rows:
+            return
+        prepared = self._prepared.get(writing)
+        if prepared is None:
+            prepared = self._prepared[writing] = _Prepared(writing, self)
+        prepared.run(connection, rows)
 
     # -- facts
 
@@ -178,6 +204,56 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+# ---------------------------------------------------------------- many rows of one statement
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """A Core statement that writes rows of `table`, with a value for each column but those it `leaves` to it."""
+
+    table: Table
+    statement: Callable[[Database], Insert]
+    leaves: tuple[str, ...] = ()
+
+
+class _Prepared:
+    """A statement compiled once for a database, and its rows given to the driver as they are.
+
+    SQLAlchemy looks at each value of each row before the driver does, and a driver for Postgres makes text of each:
+    both cost more than the writing. SQLite is given tuples, Postgres one array of JSON, which it takes apart itself.
+    """
+
+    def __init__(self, writing: Writing, books: Database) -> None:
+        columns = [column for column in writing.table.columns if column.name not in writing.leaves]
+        names = [column.name for column in columns]
+        statement = writing.statement(books)
+        if not books.is_sqlite:
+            rows = func.jsonb_to_recordset(bindparam("rows", type_=postgresql.JSONB()))
+            typed = rows.table_valued(
+                *(Column(name, c.type) for name, c in zip(names, columns, strict=True)), name="new"
+            )
+            statement = statement.from_select(names, select(typed.render_derived(with_types=True)))
+        compiled = statement.compile(dialect=books.engine.dialect, column_keys=names)
+        self.text = str(compiled)
+        self.as_tuples = books.is_sqlite
+        if books.is_sqlite:
+            order = compiled.positiontup or []
+            self.values = itemgetter(*order)
+            self.json = [n for n, name in enumerate(order) if isinstance(writing.table.c[name].type, JSON)]
+
+    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not self.as_tuples:
+            connection.exec_driver_sql(self.text, {"rows": _dumps(rows)})
+            return
+        values = []
+        for row in rows:
+            each = list(self.values(row))
+            for n in self.json:
+                each[n] = _dumps(each[n])
+            values.append(tuple(each))
+        connection.exec_driver_sql(self.text, values)
 
 
 # ---------------------------------------------------------------- the engine

@@ -10,17 +10,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import msgspec
 
-from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Unit, UsageEvent
+from llm_guard_mw.model import EXACT_MAX, EntryKind, JournalEntry, Kind, Line, Unit, UsageEvent
 
 #: One row as the database driver wants it: column name to value.
 Row = dict[str, Any]
 
 EVENT_FIELDS = UsageEvent.__struct_fields__
+_KIND_OF = {name: str(UsageEvent.__annotations__[name]) for name in EVENT_FIELDS}
+_WHOLE = tuple(name for name, kind in _KIND_OF.items() if kind in ("int", "int | None"))
+_TEXT = tuple(name for name, kind in _KIND_OF.items() if not kind.startswith(("int", "bool", "Mapping")))
+_values = attrgetter(*EVENT_FIELDS)
+_numbers = attrgetter(*_WHOLE)
+_words = attrgetter(*_TEXT)
 
 #: What a report can be grouped by, and what a DailyUsage row stands for; free tags come on top.
 DIMENSIONS = (
@@ -68,13 +77,26 @@ TotalKey = tuple[str, int]
 
 _BIGGEST = 2**63 - 1
 _BIGGEST_INTEGER = 2**31 - 1
+#: What stands in an index must fit a third of one of Postgres' pages.
+_NAME_MAX = 2000
+#: Users come back: their groups' digests are made once.
+_DIGESTS_KEPT = 2048
+#: All timezones change at quarters of an hour.
+_QUARTER_SECONDS = 900
 _canonical = msgspec.json.Encoder(order="deterministic").encode
 
 
 def row_of(entry: JournalEntry, zone: ZoneInfo) -> Row:
     """The usage_events row of an entry; ValueError if no column could hold it."""
     event = entry.event
-    row: Row = {name: _plain(name, getattr(event, name)) for name in EVENT_FIELDS}
+    row: Row = dict(zip(EVENT_FIELDS, _values(event), strict=True))
+    if _is_plain(event):
+        row["tags"] = dict(sorted(event.tags.items()))
+        row["basis"] = None if event.basis is None else event.basis.value
+    else:
+        row = {name: _plain(name, value) for name, value in row.items()}
+    if len(row["call_id"]) + len(row["price_version"]) > _NAME_MAX // 4:
+        raise ValueError(f"call_id and price_version together are longer than {_NAME_MAX // 4} characters")
     row["kind"] = entry.kind.value
     row["lines"] = encode_lines(entry.lines)
     row["day"] = day_of(event.at, zone)
@@ -89,17 +111,22 @@ def key_of(row: Row) -> RowKey:
 
 def day_of(at: int, zone: ZoneInfo) -> str:
     """The local day of a time in microseconds."""
-    return datetime.fromtimestamp(at // 1_000_000, zone).date().isoformat()
+    return _day_of(at // (1_000_000 * _QUARTER_SECONDS), zone)
+
+
+@lru_cache(maxsize=256)
+def _day_of(quarter: int, zone: ZoneInfo) -> str:
+    return datetime.fromtimestamp(quarter * _QUARTER_SECONDS, zone).date().isoformat()
 
 
 def encode_lines(lines: Iterable[Line]) -> list[list[Any]]:
     return [
         [
-            _text(line.balance),
+            _name(line.balance),
             line.kind.value,
             line.unit.value,
             _whole("window_start", line.window_start, _BIGGEST),
-            _whole("amount", line.amount, _BIGGEST),
+            _whole("amount", line.amount, EXACT_MAX),
             line.spent,
         ]
         for line in lines
@@ -111,6 +138,23 @@ def decode_lines(encoded: Iterable[Sequence[Any]]) -> tuple[Line, ...]:
         Line(balance, Kind(kind), Unit(unit), window_start, amount, spent)
         for balance, kind, unit, window_start, amount, spent in encoded
     )
+
+
+def _is_plain(event: UsageEvent) -> bool:
+    """Whether every value of an event can stay as it is: so it is nearly always, and a look at all costs little."""
+    try:
+        text = "".join(filter(None, chain(_words(event), event.tags, event.tags.values())))
+        if "\0" in text or not (text.isascii() or text.encode()):
+            return False
+        numbers = [number for number in _numbers(event) if number is not None]
+        return (
+            max(numbers) <= _BIGGEST
+            and min(numbers) >= -_BIGGEST
+            and -_BIGGEST_INTEGER <= event.attempt <= _BIGGEST_INTEGER
+            and -_BIGGEST_INTEGER <= (event.status or 0) <= _BIGGEST_INTEGER
+        )
+    except (TypeError, UnicodeEncodeError):
+        return False
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -131,6 +175,12 @@ def _text(value: str) -> str:
     return value.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _name(balance: str) -> str:
+    if len(balance) > _NAME_MAX // 4 and len(balance.encode("utf-8", "replace")) > _NAME_MAX:
+        raise ValueError(f"the name of a balance is longer than {_NAME_MAX} bytes: {balance[:100]}...")
+    return _text(balance)
+
+
 def _whole(name: str, value: int, biggest: int) -> int:
     if not -biggest <= value <= biggest:
         raise ValueError(f"{name} = {value} does not fit its column")
@@ -140,8 +190,16 @@ def _whole(name: str, value: int, biggest: int) -> int:
 # ---------------------------------------------------------------- what rows add up to
 
 
+_dimensions = itemgetter(*DIMENSIONS)
+
+
 def _rollup(row: Row) -> str:
-    group = [row["day"], row["tags"], *(row[name] for name in DIMENSIONS)]
+    return _digest(row["day"], tuple(row["tags"].items()), _dimensions(row))
+
+
+@lru_cache(maxsize=_DIGESTS_KEPT)
+def _digest(day: str, tags: tuple[tuple[str, str], ...], dimensions: tuple[str | None, ...]) -> str:
+    group = [day, dict(tags), *dimensions]
     return hashlib.blake2b(_canonical(group), digest_size=16).hexdigest()
 
 
@@ -154,7 +212,9 @@ def daily_of(rows: Iterable[Row], touched: set[tuple[str, str]]) -> list[Row]:
     for row in rows:
         if row["kind"] == UNCOUNTED:
             continue
-        group = groups.setdefault(row["rollup"], _empty_group(row))
+        group = groups.get(row["rollup"])
+        if group is None:
+            group = groups[row["rollup"]] = _empty_group(row)
         if row["kind"] == EntryKind.REFUSED:
             group["refused"] += row["count"]
             continue
@@ -174,21 +234,20 @@ def _empty_group(row: Row) -> Row:
     return group | dict.fromkeys(COUNTS, 0) | dict.fromkeys(SUMS)
 
 
-def totals_of(lines: Iterable[Line]) -> list[Row]:
-    """What these lines add to window_totals, in the order of its key."""
+def totals_of(lines: Iterable[Sequence[Any]]) -> list[Row]:
+    """What these lines, as `encode_lines` makes them, add to window_totals, in the order of its key."""
     totals: dict[TotalKey, Row] = {}
-    for line in lines:
-        if line.kind not in TOTALLED:
+    for balance, kind, unit, window_start, amount, _spent in lines:
+        if kind not in TOTALLED:
             continue
-        total = totals.setdefault(
-            (line.balance, line.window_start),
-            {
-                "balance": line.balance,
-                "window_start": line.window_start,
-                "kind": line.kind.value,
-                "unit": line.unit.value,
+        total = totals.get((balance, window_start))
+        if total is None:
+            total = totals[balance, window_start] = {
+                "balance": balance,
+                "window_start": window_start,
+                "kind": kind,
+                "unit": unit,
                 "spent": 0,
-            },
-        )
-        total["spent"] += line.amount
+            }
+        total["spent"] += amount
     return [totals[key] for key in sorted(totals)]

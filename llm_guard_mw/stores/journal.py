@@ -5,7 +5,9 @@ settle), and the kind of ending. The store copies the bytes and never looks into
 do the same.
 
     draft    {"event": UsageEvent, "offers": [Estimate, ...]}     one Estimate an offer, in order
-    event    {"event": UsageEvent, "held": {...}}                  what a correction has to take back
+    event    {"event": UsageEvent, "held_nanos": …, …}              what a correction has to take back
+
+What is at its default is left out, as most of an event is; entries of earlier versions say all of it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from msgspec.structs import replace
 from llm_guard_mw.model import Basis, Decision, EntryKind, UsageEvent
 
 
-class Estimate(msgspec.Struct, frozen=True, gc=False):
+class Estimate(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What one offer would cost if its hold were booked: `fixed_nanos + output_nanos * cap`."""
 
     decision: Decision
@@ -33,12 +35,12 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
         return None if self.fixed_nanos is None else self.fixed_nanos + self.output_nanos * cap
 
 
-class _Draft(msgspec.Struct, frozen=True, gc=False):
+class _Draft(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     event: UsageEvent
     offers: tuple[Estimate, ...]
 
 
-class _Closing(msgspec.Struct, frozen=True, gc=False):
+class _Closing(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     event: UsageEvent
     held_nanos: int | None = None
     held_credits: int | None = None

@@ -8,6 +8,8 @@ Rule 2. Every hold ends once: settled, released, taken over, or expired. Each en
         leaves a tombstone, so that a repeated message is known and changes nothing.
         A caller that did not hear of an ending may ask again only while the tombstone stands.
 Rule 3. What moves money also appends the journal entry that says so, in the same step.
+Rule 4. A settlement out of a spool names its place there. The store keeps how far each spool has been replayed, and
+        moves that mark in the step that settles: however often and however late it is sent again, it counts once.
 
 Every operation is idempotent by exchange id, so a caller that lost the reply may ask again.
 """
@@ -29,6 +31,9 @@ ABANDONED_TOMBSTONE_MS = 60 * 60_000
 LATE_SETTLE_MS = 60 * 60_000
 #: A hold may be this much past its lease before `verify` calls it a finding.
 GRACE_MS = 1000
+#: Entries that somebody took and did not drop for so long are given to another one: a batch takes tens of ms, so its
+#: process is dead or its ledger stands still. If it was neither, both commit, and the ledger counts each entry once.
+LEFT_ALONE_MS = 3000
 
 
 # ---------------------------------------------------------------- what goes in
@@ -60,12 +65,19 @@ class Moved(msgspec.Struct, frozen=True, gc=False):
     actual: int
 
 
+class Replay(msgspec.Struct, frozen=True, gc=False):
+    """A place in a spool: each one there is, in order, is settled or passed over once. Positions begin at 1."""
+
+    source: str
+    position: int
+
+
 class Settlement(msgspec.Struct, frozen=True, gc=False):
     """The end of an exchange. `kind` is SETTLE or RELEASE; the store may make it a CORRECTION or an ORPHAN.
 
     `payload` is what the journal keeps: `journal.encode_event`. `fresh` books what never had a hold (usage
     that was only heard of after the fact). A RELEASE without `moved` gives back whatever is held, if anything
-    is: for a caller that went away before it learnt what was granted.
+    is: for a caller that went away before it learnt what was granted. (A `fresh` one has nothing to give back.)
     """
 
     exchange: str
@@ -75,6 +87,7 @@ class Settlement(msgspec.Struct, frozen=True, gc=False):
     moved: tuple[Moved, ...]
     payload: bytes
     fresh: bool = False
+    replay: Replay | None = None
 
 
 # ---------------------------------------------------------------- what comes out
@@ -183,6 +196,7 @@ class Unreadable(msgspec.Struct, frozen=True, gc=False):
 
 
 Done = Callable[[BaseException | None], None]
+Entries = Sequence[JournalEntry | Unreadable]
 
 
 class Store(Protocol):
@@ -191,6 +205,12 @@ class Store(Protocol):
     def reserve(self, wish: Reserve) -> Granted | Refused | ClockApart | TooLate: ...
 
     def settle(self, settlement: Settlement) -> Settled: ...
+
+    def replayed(self, source: str) -> int:
+        """Up to which position the spool `source` has been settled here; 0: nothing of it."""
+
+    def end_replay(self, source: str) -> None:
+        """The spool is gone, and will never be asked about again."""
 
     def renew(self, exchanges: Sequence[str], calls: Sequence[str], lease_ms: int) -> Renewed:
         """Prolong the leases of open holds and of open calls."""
@@ -210,18 +230,31 @@ class Store(Protocol):
     def peek(self, balances: Sequence[str]) -> Sequence[BalanceState]:
         """The named balances as they stand; an unknown one is left out."""
 
-    # -- the journal, read by the drain
+    # -- the journal, brought to the ledger by the drain
 
     def append(self, entry_id: str, payload: bytes) -> None:
         """Enter a refusal: it has no lines, and moves nothing."""
 
-    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
-        """Entries behind position `after` ("" = from the start), oldest first."""
+    def take_journal(self, consumer: str, count: int, idle_ms: int = LEFT_ALONE_MS) -> Entries:
+        """Give `consumer` up to `count` entries to bring to the ledger, oldest first; others are given others.
 
-    def trim_journal(self, upto: str) -> None:
-        """Forget the entries up to and including `upto`, which the ledger has committed."""
+        What it has in hand already comes first, then what another one left alone in its hands for `idle_ms`, then
+        what nobody had yet.
+        """
+
+    def drop_journal(self, positions: Sequence[str]) -> None:
+        """Forget the entries at these positions, which the ledger has committed; no matter in whose hands they are."""
+
+    def read_journal(self, after: str, count: int) -> Entries:
+        """Look at the entries behind position `after` ("" = from the start), oldest first; nobody is given them."""
 
     def journal_length(self) -> int: ...
+
+    def attend(self, for_ms: int) -> None:
+        """A worker is at the journal for so long: other processes leave it to that one. 0: no more."""
+
+    def attended(self) -> bool:
+        """Whether a worker is at the journal."""
 
     def epoch(self) -> str:
         """The identity of this store's contents: another one after it was lost and made anew."""
@@ -261,6 +294,10 @@ class ProcessStore(Store, Protocol):
 
     `done` is told the outcome, None or the error, on a thread of the store or on the loop it was called from.
     """
+
+    @property
+    def name(self) -> str:
+        """Which account this is, the same for all processes that share it; without credentials."""
 
     def clock(self) -> int:
         """The store's clock in ms, as far as it is known here. Never blocks."""

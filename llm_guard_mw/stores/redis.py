@@ -25,11 +25,12 @@ import redis
 
 from llm_guard_mw.errors import ConfigError, GuardError, StoreUnavailable
 from llm_guard_mw.logs import log
-from llm_guard_mw.model import JournalEntry
 from llm_guard_mw.stores.protocol import (
+    LEFT_ALONE_MS,
     BalanceState,
     ClockApart,
     Done,
+    Entries,
     Granted,
     HoldState,
     Refused,
@@ -38,7 +39,6 @@ from llm_guard_mw.stores.protocol import (
     Settled,
     Settlement,
     TooLate,
-    Unreadable,
 )
 from llm_guard_mw.stores.redis_address import Address, read_url
 from llm_guard_mw.stores.redis_client import (
@@ -47,6 +47,7 @@ from llm_guard_mw.stores.redis_client import (
     Connection,
     Link,
     Pool,
+    flawed,
     loading,
     open_link,
     raise_if_away,
@@ -85,6 +86,10 @@ class RedisStore:
         self.steps = Steps(Keys(address.prefix or prefix), clock, journal_max)
         self.engine = _Engine(address, self.steps)
 
+    @property
+    def name(self) -> str:
+        return f"redis:{self.engine.address.name} {self.steps.keys.prefix}"
+
     def clock(self) -> int:
         """The store's clock as far as it is known here, in ms; asks nobody."""
         return self.steps.clock()
@@ -101,6 +106,12 @@ class RedisStore:
     def settle_soon(self, settlement: Settlement, done: Done) -> None:
         """Settle without waiting; `done` is told the outcome, on a thread of the store or on the caller's loop."""
         self.engine.post(self.steps.settle(settlement), done)
+
+    def replayed(self, source: str) -> int:
+        return self.engine.run(self.steps.replayed(source))
+
+    def end_replay(self, source: str) -> None:
+        self.engine.run(self.steps.end_replay(source))
 
     def renew(self, exchanges: Sequence[str], calls: Sequence[str], lease_ms: int) -> Renewed:
         return self.engine.run(self.steps.renew(exchanges, calls, lease_ms))
@@ -131,11 +142,20 @@ class RedisStore:
         """Append without waiting; `done` as in `settle_soon`."""
         self.engine.post(self.steps.append(entry_id, payload), done)
 
-    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
+    def take_journal(self, consumer: str, count: int, idle_ms: int = LEFT_ALONE_MS) -> Entries:
+        return self.engine.run(self.steps.take_journal(consumer, count, idle_ms))
+
+    def drop_journal(self, positions: Sequence[str]) -> None:
+        self.engine.run(self.steps.drop_journal(positions))
+
+    def read_journal(self, after: str, count: int) -> Entries:
         return self.engine.run(self.steps.read_journal(after, count))
 
-    def trim_journal(self, upto: str) -> None:
-        self.engine.run(self.steps.trim_journal(upto))
+    def attend(self, for_ms: int) -> None:
+        self.engine.run(self.steps.attend(for_ms))
+
+    def attended(self) -> bool:
+        return self.engine.run(self.steps.attended())
 
     def journal_length(self) -> int:
         return self.engine.run(self.steps.journal_length())
@@ -212,7 +232,7 @@ class _Engine:
 
     def _start_anew(self) -> None:
         self.pool = Pool(self.address)
-        self.breaker = Breaker(self.address.name)
+        self.breaker = Breaker(self.address.name, self.pool.look)
         self.looked_over = False
         self.loops: dict[int, _OfLoop] = {}
         self.posted: set[asyncio.Task[None]] = set()
@@ -223,11 +243,18 @@ class _Engine:
     # -- for threads
 
     def run(self, talk: Talk[T]) -> T:
-        ((result, error),) = self._converse([talk])
-        if error is not None:
-            raise error
-        done: T = result
-        return done
+        try:
+            commands = next(talk)
+            while True:
+                replies = self._exchange(commands)
+                if flawed(replies):
+                    self._refuse_errors(replies)
+                commands = talk.send(replies)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            talk.close()
 
     def _converse(self, talks: Sequence[Talk[Any]]) -> list[tuple[Any, BaseException | None]]:
         """Hold some conversations side by side: what they say at the same time leaves in one write."""
@@ -276,6 +303,7 @@ class _Engine:
 
     def _exchange(self, commands: Sequence[Command]) -> list[Any]:
         self.breaker.check()
+        asked = False
         for again in (True, False):
             spoken = False
             try:
@@ -284,16 +312,18 @@ class _Engine:
                         self._look_over(connection)
                     spoken = True
                     replies = speak(connection, commands)
-                    missing = to_load(commands, replies)
-                    if missing:
-                        loaded = speak(connection, loading(commands, missing))
-                        for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
-                            replies[n] = reply
-                    raise_if_away(replies)
+                    if flawed(replies):
+                        missing = to_load(commands, replies)
+                        if missing:
+                            loaded = speak(connection, loading(commands, missing))
+                            for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
+                                replies[n] = reply
+                        raise_if_away(replies)
             except (*LINK_ERRORS, ConfigError) as error:
+                asked |= spoken
                 if not (again and spoken):
                     self.breaker.failed(error)
-                    raise unavailable(self.address.name, error) from error
+                    raise unavailable(self.address.name, error, asked=asked) from error
             else:
                 self.breaker.worked()
                 return replies
@@ -313,12 +343,14 @@ class _Engine:
 
     # -- for tasks
 
-    async def arun(self, talk: Talk[T]) -> T:
+    async def arun(self, talk: Talk[T], commands: Sequence[Command] = ()) -> T:
+        """Hold a conversation to its end, from these commands on if it has begun."""
         try:
-            commands = next(talk)
+            commands = commands or next(talk)
             while True:
                 replies = await self._aexchange(commands)
-                self._refuse_errors(replies)
+                if flawed(replies):
+                    self._refuse_errors(replies)
                 commands = talk.send(replies)
         except StopIteration as end:
             result: T = end.value
@@ -328,27 +360,37 @@ class _Engine:
 
     async def _aexchange(self, commands: Sequence[Command]) -> list[Any]:
         self.breaker.check()
+        asked = False
         for again in (True, False):
             link = None
             try:
-                link = await self._link()
+                link = self._ready(asyncio.get_running_loop()) or await self._link()
                 replies = await link.send(commands)
-                missing = to_load(commands, replies)
-                if missing:
-                    loaded = await link.send(loading(commands, missing))
-                    for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
-                        replies[n] = reply
-                raise_if_away(replies)
+                if flawed(replies):
+                    missing = to_load(commands, replies)
+                    if missing:
+                        loaded = await link.send(loading(commands, missing))
+                        for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
+                            replies[n] = reply
+                    raise_if_away(replies)
             except (*LINK_ERRORS, ConfigError) as error:
                 if link is not None:
                     link.drop(error)
+                asked |= link is not None
                 if not (again and link is not None):
                     self.breaker.failed(error)
-                    raise unavailable(self.address.name, error) from error
+                    raise unavailable(self.address.name, error, asked=asked) from error
             else:
                 self.breaker.worked()
                 return replies
         raise AssertionError
+
+    def _ready(self, loop: asyncio.AbstractEventLoop) -> Link | None:
+        """The link of this loop, if it is open."""
+        own = self.loops.get(id(loop))
+        if own is None or own.loop is not loop or own.link is None or own.link.lost is not None:
+            return None
+        return own.link
 
     async def _link(self) -> Link:
         loop = asyncio.get_running_loop()
@@ -403,11 +445,9 @@ class _Engine:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             loop = None
-        own = self.loops.get(id(loop)) if loop is not None else None
-        if loop is not None and own is not None and own.loop is loop and own.link is not None:
-            task = loop.create_task(self._apost(talk, done))
-            self.posted.add(task)
-            task.add_done_callback(self.posted.discard)
+        link = self._ready(loop) if loop is not None else None
+        if link is not None and self.breaker.error is None:
+            self._say(link, talk, None, done)
             return
         self.queue.put(_Work(talk, done))
         if self.thread is None:
@@ -415,9 +455,34 @@ class _Engine:
                 if self.thread is None:
                     self._start_thread()
 
-    async def _apost(self, talk: Talk[Any], done: Done) -> None:
+    def _say(self, link: Link, talk: Talk[Any], replies: Sequence[Any] | None, done: Done) -> None:
+        """Say what comes next, and go on when it is answered. Only what goes wrong becomes a task: it is said again."""
         try:
-            await self.arun(talk)
+            commands = next(talk) if replies is None else talk.send(replies)
+        except StopIteration:
+            _tell(done, None)
+            return
+        except Exception as error:
+            _tell(done, error)
+            return
+
+        def go_on(answer: asyncio.Future[list[Any]]) -> None:
+            error = answer.exception()
+            if error is not None and link.ended:
+                talk.close()
+                _tell(done, StoreUnavailable(f"store {self.address.name}: the event loop ended first"))
+            elif error is not None or flawed(answer.result()):
+                task = link.loop.create_task(self._apost(talk, commands, done))
+                self.posted.add(task)
+                task.add_done_callback(self.posted.discard)
+            else:
+                self._say(link, talk, answer.result(), done)
+
+        link.send(commands).add_done_callback(go_on)
+
+    async def _apost(self, talk: Talk[Any], commands: Sequence[Command], done: Done) -> None:
+        try:
+            await self.arun(talk, commands)
         except asyncio.CancelledError:
             _tell(done, StoreUnavailable(f"store {self.address.name}: the event loop ended first"))
             raise
@@ -460,6 +525,7 @@ class _Engine:
                 thread.join()
                 if not self.queue.empty():  # handed in behind the closing: a new thread takes it
                     self._start_thread()
+        self.breaker.close()
         self.pool.clear()
         loops, self.loops = self.loops, {}
         for own in loops.values():
@@ -486,6 +552,7 @@ async def _until_the_loop_ends(own: _OfLoop) -> AsyncGenerator[None, None]:
         yield
     finally:
         if own.link is not None:
+            own.link.ended = True
             own.link.drop(redis.exceptions.ConnectionError("the event loop ended"))
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import hiredis
 import redis
@@ -26,10 +25,10 @@ from redis.retry import Retry
 from llm_guard_mw.errors import ConfigError, StoreUnavailable
 from llm_guard_mw.stores.redis_address import Address
 from llm_guard_mw.stores.redis_scripts import SCRIPTS
-from llm_guard_mw.stores.redis_steps import Command
+from llm_guard_mw.stores.redis_steps import Command, Spoken
 
-#: How long Redis is left alone after it could not be reached.
-REST_SECONDS: Final = 1.0
+#: How often Redis is looked for while it cannot be reached.
+REST_SECONDS: Final = 0.5
 CLIENT_NAME: Final = "llm_guard"
 
 # ---------------------------------------------------------------- what may go wrong
@@ -55,6 +54,14 @@ def _reply_error(message: str) -> redis.RedisError:
     return _REPLY_ERRORS.get(message.partition(" ")[0], redis.exceptions.ResponseError)(message)
 
 
+def flawed(replies: Sequence[Any]) -> bool:
+    """Whether an error is among them."""
+    for reply in replies:  # noqa: SIM110 - `any` with a generator takes three times as long for one reply
+        if isinstance(reply, Exception):
+            return True
+    return False
+
+
 def raise_if_away(replies: Sequence[Any]) -> None:
     """A replica or a loading server is as good as a lost link."""
     for reply in replies:
@@ -74,43 +81,70 @@ def loading(commands: Sequence[Command], missing: Sequence[int]) -> list[Command
 
 
 class Breaker:
-    """Remembers that Redis is away, so that not every request waits to find out. One at a time looks again."""
+    """Remembers that Redis is away, so that no caller waits to find out: a thread of its own looks again meanwhile."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, look: Callable[[], None]) -> None:
         self.name = name
         self.error: Exception | None = None
-        self._rests_until = 0.0
+        self._look = look  # raises while Redis is away
+        self._lock = threading.Lock()
+        self._ended: threading.Event | None = None  # of the thread that looks, while there is one
 
     def check(self) -> None:
-        """Raise at once while Redis rests; let one caller through when it has rested."""
-        error = self.error
-        if error is None:
-            return
-        now = time.monotonic()
-        if now < self._rests_until:
-            raise unavailable(self.name, error)
-        self._rests_until = now + REST_SECONDS
+        """Raise at once while Redis is away."""
+        if self.error is not None:
+            raise unavailable(self.name, self.error)
 
     def failed(self, error: Exception) -> None:
-        self.error = error
-        self._rests_until = time.monotonic() + REST_SECONDS
+        with self._lock:
+            self.error = error
+            if self._ended is None:
+                self._ended = threading.Event()
+                threading.Thread(
+                    target=self._look_again, args=(self._ended,), name="llm-guard-breaker", daemon=True
+                ).start()
 
     def worked(self) -> None:
         self.error = None
 
+    def close(self) -> None:
+        """Look no more; and whoever comes next may find out for himself."""
+        with self._lock:
+            if self._ended is not None:
+                self._ended.set()
+            self._ended = self.error = None
 
-def unavailable(name: str, error: Exception) -> Exception:
+    def _look_again(self, ended: threading.Event) -> None:
+        while not ended.wait(REST_SECONDS):
+            try:
+                if self.error is not None:
+                    self._look()
+            except Exception as error:
+                with self._lock:
+                    if self._ended is ended and self.error is not None:
+                        self.error = error
+                continue
+            with self._lock:
+                if self._ended is ended:
+                    self._ended = self.error = None
+            return
+
+
+def unavailable(name: str, error: Exception, *, asked: bool = False) -> Exception:
     """What the callers of a store are told: each gets an error of its own, or tracebacks would pile up on one."""
     if isinstance(error, ConfigError):
         return ConfigError(error.mistakes)
-    told = StoreUnavailable(f"store {name}: {type(error).__name__}: {error}")
+    told = StoreUnavailable(f"store {name}: {type(error).__name__}: {error}", asked=asked)
     told.__cause__ = error
     return told
 
 
 def packed(commands: Sequence[Command]) -> list[bytes]:
     """The commands as RESP."""
-    return [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]  # it says: of one item
+    return [
+        command.words if isinstance(command, Spoken) else hiredis.pack_command(command)  # type: ignore[arg-type]  # it says: of one item
+        for command in commands
+    ]
 
 
 # ---------------------------------------------------------------- Sentinel
@@ -161,6 +195,14 @@ class Pool:
             self._idle.append(connection)
         finally:
             self._places.release()
+
+    def look(self) -> None:
+        """Raise unless somebody answers who can serve. The connection is none of the pool's, nor counted by it."""
+        connection = self._open()
+        try:
+            raise_if_away(speak(connection, [("PING",)]))
+        finally:
+            connection.disconnect()
 
     def _take(self) -> Connection | None:
         try:
@@ -234,14 +276,11 @@ def speak(connection: Connection, commands: Sequence[Command]) -> list[Any]:
 # ---------------------------------------------------------------- async: one link a loop
 
 
-class _Waiting:
-    __slots__ = ("count", "future", "replies", "since")
-
-    def __init__(self, future: asyncio.Future[list[Any]], count: int, since: float) -> None:
-        self.future = future
-        self.count = count
-        self.replies: list[Any] = []
-        self.since = since
+class _Waiting(NamedTuple):
+    future: asyncio.Future[list[Any]]
+    expected: int
+    since: float
+    replies: list[Any]
 
 
 _MORE: Final = object()
@@ -262,6 +301,7 @@ class Link(asyncio.Protocol):
         self.loop = loop
         self.timeout = timeout
         self.lost: Exception | None = None
+        self.ended = False  # with its loop
         self.transport: asyncio.Transport | None = None
         self._reader = hiredis.Reader(replyError=_reply_error, notEnoughData=_MORE)
         self._waiting: deque[_Waiting] = deque()
@@ -279,7 +319,7 @@ class Link(asyncio.Protocol):
             self.loop.call_soon(self._flush)
         self._words += words
         now = self.loop.time()
-        self._waiting.append(_Waiting(future, len(words), now))
+        self._waiting.append(_Waiting(future, len(words), now, []))
         if self._watch is None:
             self._watch = self.loop.call_at(now + self.timeout, self._look)
         return future
@@ -328,13 +368,14 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._reader.feed(data)
-            while (reply := self._reader.gets()) is not _MORE:
-                first = self._waiting[0]
-                first.replies.append(reply)
-                if len(first.replies) == first.count:
-                    self._waiting.popleft()
-                    if not first.future.done():  # else its waiter was cancelled
-                        first.future.set_result(first.replies)
+            read, waiting = self._reader.gets, self._waiting
+            while (reply := read()) is not _MORE:
+                future, expected, _, replies = waiting[0]
+                replies.append(reply)
+                if len(replies) == expected:
+                    waiting.popleft()
+                    if not future.done():  # else its waiter was cancelled
+                        future.set_result(replies)
         except Exception as error:  # no RESP, or a reply that nobody asked for
             self.drop(redis.exceptions.ConnectionError(f"the server does not speak RESP: {error}"))
 

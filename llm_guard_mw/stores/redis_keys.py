@@ -27,13 +27,15 @@ class Keys:
     meta: str = field(init=False)
     due: str = field(init=False)
     journal: str = field(init=False)
+    worker: str = field(init=False)
     subjects: str = field(init=False)
     places: str = field(init=False)
+    replayed: str = field(init=False)
 
     def __post_init__(self) -> None:
         base = f"{self.prefix}:{{p{self.partition:02d}}}:"
         object.__setattr__(self, "base", base)
-        for name in ("meta", "due", "journal", "subjects", "places"):
+        for name in ("meta", "due", "journal", "worker", "subjects", "places", "replayed"):
             object.__setattr__(self, name, base + name)
 
     def exchange(self, exchange: str) -> str:

@@ -1,4 +1,4 @@
-"""The Lua scripts of the Redis store, as they are sent: one verb a file, `_bucket.lua` in front of each."""
+"""The Lua scripts of the Redis store, as they are sent: one verb a file, what it shares with others in front of it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ class Script:
     sha: str
 
 
-def _read(name: str) -> Script:
+def _read(name: str, *shared: str) -> Script:
     folder = files("llm_guard_mw.stores") / "lua"
     constants = "".join(f"local {constant} = {value}\n" for constant, value in _CONSTANTS.items())
-    shared = (folder / "_bucket.lua").read_text("utf-8")
-    text = constants + shared + (folder / f"{name}.lua").read_text("utf-8")
+    text = constants + "".join((folder / f"{part}.lua").read_text("utf-8") for part in (*shared, name))
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-RESERVE = _read("reserve")
-SETTLE = _read("settle")
-RENEW = _read("renew")
-EXPIRE = _read("expire")
-FORGET = _read("forget")
+RESERVE = _read("reserve", "_bucket", "_hold")
+SETTLE = _read("settle", "_bucket")
+RENEW = _read("renew", "_bucket")
+EXPIRE = _read("expire", "_bucket", "_hold")
+FORGET = _read("forget", "_bucket")
 ADMIT = _read("admit")
+TAKE = _read("take")
+DROP = _read("drop")
 
 #: By the name that EVALSHA uses.
-SCRIPTS = {script.sha: script for script in (RESERVE, SETTLE, RENEW, EXPIRE, FORGET, ADMIT)}
+SCRIPTS = {script.sha: script for script in (RESERVE, SETTLE, RENEW, EXPIRE, FORGET, ADMIT, TAKE, DROP)}

@@ -13,22 +13,24 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import msgspec
 
 from llm_guard_mw.errors import StoreUnavailable
-from llm_guard_mw.model import EntryKind, JournalEntry, Kind, Line, Offer, Unit, Window
+from llm_guard_mw.model import Demand, EntryKind, JournalEntry, Kind, Line, Unit, Window
 from llm_guard_mw.stores.journal import read_event
 from llm_guard_mw.stores.protocol import (
     BalanceState,
     ClockApart,
+    Entries,
     Granted,
     HoldState,
     Moved,
     Refused,
     Renewed,
+    Replay,
     Reserve,
     Settled,
     Settlement,
@@ -37,15 +39,18 @@ from llm_guard_mw.stores.protocol import (
     Unreadable,
 )
 from llm_guard_mw.stores.redis_keys import Keys
-from llm_guard_mw.stores.redis_scripts import ADMIT, EXPIRE, FORGET, RENEW, RESERVE, SETTLE, Script
+from llm_guard_mw.stores.redis_scripts import ADMIT, DROP, EXPIRE, FORGET, RENEW, RESERVE, SETTLE, TAKE, Script
 
 T = TypeVar("T")
-Command = tuple[str | bytes | int, ...]
-#: Any: a reply is whatever Redis says.
-Talk = Generator[Sequence[Command], Sequence[Any], T]
 
 #: So many holds are booked, leases renewed, subjects looked at in one script: others wait meanwhile.
 _BATCH = 100
+#: Lua unpacks no more than some thousand values.
+_DROPPED_AT_ONCE = 1000
+#: The consumers of the journal's stream: what each has in hand, Redis remembers.
+_GROUP = "ledger"
+#: When the name of a process that drains no more leaves the journal's group.
+_CONSUMER_FORGOTTEN_MS = 3_600_000
 #: How many subjects one `forget` looks at; the next one goes on behind them.
 _FORGET_LOOK = 20_000
 #: A measured offset counts if question and answer took no longer than this.
@@ -53,6 +58,16 @@ _CLOSE_MS = 50
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
+#: The keys of each message that come before the subjects' hashes.
+_RESERVE_KEYS, _SETTLE_KEYS = 7, 4
+#: Time, numbers, lines and event.
+_OWN_ARGUMENTS = 4
+#: Layouts that are remembered, 1.5 kB each: one for reserve and one for settle, of a principal under its limits.
+_LAYOUTS_MAX = 8192
+#: Of a balance, as KEPT in _bucket.lua has it: all its bytes, and where window start, spent, held, rem, stamp, tick
+#: and changes stand.
+_KEPT_BYTES, _KEPT_PLACES = 61, ((1, 7), (7, 14), (14, 21), (21, 28), (28, 34), (46, 49), (49, 54))
+_CONCURRENT, _REQUESTS = Kind.CONCURRENT, Unit.REQUESTS
 _KINDS = {"b": Kind.BUCKET, "c": Kind.CALENDAR, "t": Kind.TOTAL}
 _SETTLED = {
     1: Settled.DONE,
@@ -61,7 +76,6 @@ _SETTLED = {
     4: Settled.ORPHAN,
     5: Settled.TOO_LATE,
 }
-_LINES = 4
 _ENDING = re.compile(rb"-(\w+) (\d+)")
 
 
@@ -78,6 +92,9 @@ class Steps:
         self.room = journal_max * 9 // 10
         self.offset = 0  # ms that Redis' clock is ahead of ours
         self._forgotten_up_to = ""
+        self._base = keys.base.encode()
+        #: By the names of the balances, of which each says its kind and unit.
+        self._layouts: dict[Hashable, _Layout] = {}
 
     def clock(self) -> int:
         """Redis' clock as far as it is known here, in ms. Costs nothing."""
@@ -88,9 +105,9 @@ class Steps:
         if self.injected is None:
             self.offset = max(self.offset, at - wall_clock_ms())
 
-    def _now(self) -> str:
+    def _now(self) -> bytes:
         """What a script is told about the time."""
-        return "" if self.injected is None else str(self.injected())
+        return b"" if self.injected is None else b"%d" % self.injected()
 
     # ------------------------------------------------------------ reserve
 
@@ -102,7 +119,7 @@ class Steps:
             word, at, *rest = _decode(reply)
             self.heard(at)
             if word in ("granted", "again"):
-                return _granted(wish, at, word == "again", *rest)
+                return _granted(wish, at, rest, all_told=word == "again")
             if word == "refused":
                 due, standings, short = rest
                 if due and not swept:
@@ -111,7 +128,9 @@ class Steps:
                     continue
                 read = zip(wish.offers, standings, strict=True)
                 return Refused(
-                    tuple(_standings(offer, each) for offer, each in read), tuple(tuple(each) for each in short), at
+                    tuple(_standings(offer.demands, each) for offer, each in read),
+                    tuple(tuple(each) for each in short),
+                    at,
                 )
             if word == "keys":
                 (taken_names,) = rest
@@ -120,92 +139,155 @@ class Steps:
                 raise StoreUnavailable("the journal is nearly full: is the ledger reachable?")
             return ClockApart(at) if word == "apart" else TooLate(at)
 
-    def _reserve(self, wish: Reserve, taken_names: Iterable[str]) -> Command:
-        keys = self.keys
-        exchange = keys.exchange(wish.exchange)
-        taken = exchange if wish.takes is None else keys.exchange(wish.takes)
-        said = _Message(keys, exchange, taken, keys.due, keys.journal, keys.subjects, keys.places, keys.call(wish.call))
-        offers: list[Any] = [len(wish.offers)]
+    def _reserve(self, wish: Reserve, taken_names: Sequence[str]) -> Spoken:
+        takes = wish.takes
+        names = (takes is not None, *[tuple([each.balance for each in offer.demands]) for offer in wish.offers])
+        if taken_names:
+            names += tuple(taken_names)
+        layout = self._layouts.get(names)
+        if layout is None:
+            layout = self._remember(names, self._lay_out_reserve(wish, taken_names))
+        said: list[Any] = [
+            wish.exchange,
+            wish.call,
+            wish.lease_ms,
+            -1 if wish.not_after is None else wish.not_after,
+            wish.force,
+            takes or "",
+            self.room,
+        ]
         for offer in wish.offers:
-            offers += (offer.cap, offer.at_least, len(offer.demands))
+            said += (offer.cap, offer.at_least)
             for demand in offer.demands:
-                offers += (
-                    said.balance(demand.balance, demand.kind),
-                    demand.unit,
-                    demand.ceiling,
-                    demand.fixed,
-                    demand.per_output,
-                    demand.unit is Unit.REQUESTS,  # spent_at_reserve
-                )
-                if demand.kind is Kind.CALENDAR:
-                    offers += _edges(demand.windows)
+                if demand.windows:
+                    said += (demand.ceiling, demand.fixed, demand.per_output, *_edges(demand.windows))
                 else:
-                    offers += (demand.rate, demand.period, demand.tick, 0)
-        for name in taken_names:  # of other kinds than those here: they move only what they hold
-            said.balance(name, _kind_of(name))
-        packed = _encode(
-            [
-                wish.exchange,
-                wish.call,
-                wish.lease_ms,
-                -1 if wish.not_after is None else wish.not_after,
-                wish.force,
-                wish.takes or "",
-                self.room,
-                said.count,
-                *said.balances,
-                *offers,
-            ]
+                    said += (
+                        demand.ceiling,
+                        demand.fixed,
+                        demand.per_output,
+                        demand.rate,
+                        demand.period,
+                        demand.tick,
+                        0,
+                    )
+        base = self._base
+        exchange = b"%bx:%b" % (base, wish.exchange.encode())
+        taken = exchange if takes is None else b"%bx:%b" % (base, takes.encode())
+        places = b"%bc:%b" % (base, wish.call.encode())
+        now, numbers, draft = self._now(), _flat(said), wish.draft
+        words = b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n%b$%d\r\n%b\r\n$%d\r\n%b\r\n%b$%d\r\n%b\r\n" % (
+            *(layout.head, len(exchange), exchange, len(taken), taken, len(places), places),
+            *(layout.tail, len(now), now, len(numbers), numbers),
+            *(layout.lines, len(draft), draft),
         )
-        return said.script(RESERVE, self._now(), packed, wish.draft)
+        return Spoken(words, RESERVE.sha)
+
+    def _lay_out_reserve(self, wish: Reserve, taken_names: Sequence[str]) -> _Layout:
+        keys = self.keys
+        demands = [demand for offer in wish.offers for demand in offer.demands]
+        kept = (demand.balance for demand in demands if demand.kind is not Kind.CONCURRENT)
+        subjects, said, numbers = _by_subject(keys, (*kept, *taken_names), _RESERVE_KEYS)
+        counted = dict.fromkeys(demand.balance for demand in demands if demand.kind is Kind.CONCURRENT)
+        members = {name: -number for number, name in enumerate(counted, _RESERVE_KEYS + len(subjects) + 1)}
+        said.append(len(wish.offers))
+        for offer in wish.offers:
+            said.append(len(offer.demands))
+            for demand in offer.demands:
+                name = demand.balance
+                if demand.kind is Kind.CONCURRENT:
+                    said += (members[name], demand.kind, False, name)
+                else:
+                    said += (numbers[name], demand.kind, demand.spent_at_reserve, 0)
+        lines = [
+            [each for d in offer.demands for each in (d.balance, d.kind, d.unit, d.spent_at_reserve)]
+            for offer in wish.offers
+        ]
+        return _Layout.of(
+            RESERVE,
+            own_keys=3,
+            keys=(keys.due, keys.journal, keys.subjects, keys.places, *subjects, *map(keys.members, members)),
+            arguments=(_flat(said), _flat(list(numbers)) if wish.takes is not None else b""),
+            lines=lines,
+        )
+
+    def _remember(self, names: Hashable, layout: _Layout) -> _Layout:
+        while len(self._layouts) >= _LAYOUTS_MAX:
+            self._layouts.pop(next(iter(self._layouts), None), None)
+        self._layouts[names] = layout
+        return layout
 
     # ------------------------------------------------------------ settle
 
     def settle(self, settlement: Settlement) -> Talk[Settled]:
         moved, learnt = settlement.moved, False
-        if settlement.kind is EntryKind.RELEASE and not moved:
+        if settlement.kind is EntryKind.RELEASE and not moved and not settlement.fresh:
             (kept,) = yield [("GET", self.keys.exchange(settlement.exchange))]
-            if kept is None or not kept.startswith(b"+"):
+            if not _is_hold(kept):
                 return Settled.AGAIN
             learnt = True
-            moved = tuple(Moved(line, line.amount if line.spent else 0) for line in _lines(_hold(kept)[_LINES:]))
+            moved = tuple(Moved(line, line.amount if line.spent else 0) for line in _hold(kept).lines)
         (outcome,) = yield [self._settle(settlement, moved, learnt)]
         return _SETTLED[outcome]
 
-    def _settle(self, settlement: Settlement, moved: Sequence[Moved], learnt: bool) -> Command:
-        keys = self.keys
-        said = _Message(keys, keys.exchange(settlement.exchange), keys.due, keys.journal, keys.subjects)
-        moves: list[Any] = [len(moved)]
+    def _settle(self, settlement: Settlement, moved: Sequence[Moved], learnt: bool) -> Command | Spoken:
+        lines = [each.line for each in moved]
+        said = [settlement.exchange, settlement.kind, settlement.lease_end, settlement.fresh, learnt, ""]
         for each in moved:
             line = each.line
-            moves += (
-                said.balance(line.balance, line.kind),
-                line.unit,
-                line.window_start,
-                line.amount,
-                line.spent,
-                each.actual,
-            )
-        packed = _encode(
-            [
-                settlement.exchange,
-                settlement.kind,
-                settlement.lease_end,
-                settlement.fresh,
-                learnt,
-                "",
-                said.count,
-                *said.balances,
-                *moves,
-            ]
+            said += (line.window_start, line.amount, each.actual)
+        exchange = b"%bx:%b" % (self._base, settlement.exchange.encode())
+        if settlement.replay is not None:
+            return self._replay(exchange, lines, said, settlement.payload, settlement.replay)
+        return self._close(exchange, lines, said, settlement.payload)
+
+    def _close(self, exchange: bytes, lines: Sequence[Line], said: list[Any], payload: bytes) -> Spoken:
+        names = tuple([line.balance for line in lines])
+        layout = self._layouts.get(names)
+        if layout is None:
+            layout = self._remember(names, self._lay_out_settle(lines))
+        now, numbers = self._now(), _flat(said)
+        words = b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n$%d\r\n%b\r\n%b$%d\r\n%b\r\n" % (
+            *(layout.head, len(exchange), exchange),
+            *(layout.tail, len(now), now, len(numbers), numbers),
+            *(layout.lines, len(payload), payload),
         )
-        return said.script(SETTLE, self._now(), packed, settlement.payload)
+        return Spoken(words, SETTLE.sha)
+
+    def _lay_out_settle(self, lines: Sequence[Line]) -> _Layout:
+        keys, layout = self._settled_places(lines)
+        return _Layout.of(SETTLE, own_keys=1, keys=keys, arguments=(layout,), lines=_said_of(lines))
+
+    def _settled_places(self, lines: Sequence[Line]) -> tuple[Sequence[str], bytes]:
+        """The keys of a settlement behind that of its exchange, and where in them the script finds its balances."""
+        keys = self.keys
+        subjects, said, numbers = _by_subject(keys, (line.balance for line in lines), _SETTLE_KEYS)
+        said.append(len(lines))
+        for line in lines:
+            said += (numbers[line.balance], line.kind, line.spent)
+        return (keys.due, keys.journal, keys.subjects, *subjects), _flat(said)
+
+    def _replay(
+        self, exchange: bytes, lines: Sequence[Line], said: list[Any], payload: bytes, replay: Replay
+    ) -> Command:
+        """The same words and a mark behind them. They are said once in a while, so nothing of them is remembered."""
+        keys, layout = self._settled_places(lines)
+        numbers, of_lines = _flat(said), _encode(_said_of(lines))
+        return (
+            *("EVALSHA", SETTLE.sha, len(keys) + 2, exchange, *keys, self.keys.replayed),
+            *(layout, self._now(), numbers, of_lines, payload, replay.source, replay.position),
+        )
 
     def append(self, entry_id: str, payload: bytes) -> Talk[None]:
-        keys = self.keys
-        said = _Message(keys, keys.refusal(entry_id), keys.due, keys.journal, keys.subjects)
-        packed = _encode(("", EntryKind.REFUSED, 0, True, False, entry_id, 0, 0))
-        yield [said.script(SETTLE, self._now(), packed, payload)]
+        refusal = self.keys.refusal(entry_id).encode()
+        yield [self._close(refusal, (), ["", EntryKind.REFUSED, 0, True, False, entry_id], payload)]
+
+    def replayed(self, source: str) -> Talk[int]:
+        (position,) = yield [("HGET", self.keys.replayed, source)]
+        return int(position or 0)
+
+    def end_replay(self, source: str) -> Talk[None]:
+        yield [("HDEL", self.keys.replayed, source)]
 
     # ------------------------------------------------------------ leases, calls, scope values
 
@@ -214,7 +296,7 @@ class Steps:
         for start in range(0, max(len(exchanges), len(calls), 1), _BATCH):
             some_calls = calls[start : start + _BATCH]
             places = (yield [("SMEMBERS", self.keys.call(call)) for call in some_calls]) if some_calls else ()
-            said = _Message(self.keys, self.keys.due, self.keys.places)
+            said = _Message(self.keys.due, self.keys.places)
             renewed = [
                 (
                     call,
@@ -238,7 +320,7 @@ class Steps:
             yield [*leave, ("SREM", self.keys.call(call), *places)]
 
     def admit(self, parent: str, scope: str, value: str, day: int, most: int) -> Talk[bool]:
-        said = _Message(self.keys, self.keys.values(parent, scope))
+        said = _Message(self.keys.values(parent, scope))
         (reply,) = yield [said.script(ADMIT, value, day, most)]
         return bool(reply)
 
@@ -268,14 +350,13 @@ class Steps:
         return total
 
     def _expiry(self, names: Sequence[str], kept: Sequence[bytes | None], places: Sequence[str]) -> Command:
-        said = _Message(self.keys, self.keys.due, self.keys.journal, self.keys.subjects, self.keys.places)
+        balances = (line.balance for each in kept if _is_hold(each) for line in _hold(each).lines)
+        first = (self.keys.due, self.keys.journal, self.keys.subjects, self.keys.places)
+        subjects, layout, numbers = _by_subject(self.keys, balances, len(first))
+        said = _Message(*first, *subjects)
         exchanges = [(said.key(self.keys.exchange(name)), name) for name in names]
-        for each in kept:
-            if each is not None and each.startswith(b"+"):
-                for line in _lines(_hold(each)[_LINES:]):
-                    said.balance(line.balance, line.kind)
         members = [(said.key(self.keys.members(name)), name) for name in places]
-        return said.script(EXPIRE, self._now(), _encode((exchanges, members, said.count, *said.balances)))
+        return said.script(EXPIRE, self._now(), _encode((exchanges, members, list(numbers), layout)))
 
     def _lapse(self, now: int) -> Talk[None]:
         """End the endings that have had their time. Redis does so by its TTLs; a clock of the test's own needs this."""
@@ -297,7 +378,7 @@ class Steps:
             low = f"({self._forgotten_up_to}" if self._forgotten_up_to else "-"
             page = yield from self._subjects(low, _BATCH)
             if page:
-                said = _Message(self.keys, self.keys.subjects, *(name.removesuffix("|") for name in page))
+                said = _Message(self.keys.subjects, *(name.removesuffix("|") for name in page))
                 (dropped,) = yield [said.script(FORGET, self._now(), most - total)]
                 total += dropped
                 looked += len(page)
@@ -347,7 +428,7 @@ class Steps:
             return ()
         kept = yield [("GET", self.keys.exchange(name)) for name in page]
         return tuple(
-            HoldState(name, hold[0], ends[name], _lines(hold[_LINES:]))
+            HoldState(name, hold.call, ends[name], hold.lines)
             for name, hold in ((name, _hold(each)) for name, each in zip(page, kept, strict=True) if _is_hold(each))
         )
 
@@ -367,17 +448,38 @@ class Steps:
 
     # ------------------------------------------------------------ the journal
 
-    def read_journal(self, after: str, count: int) -> Talk[Sequence[JournalEntry | Unreadable]]:
+    def take_journal(self, consumer: str, count: int, idle_ms: int) -> Talk[Entries]:
+        journal = self.keys.journal
+        taking = _Message(journal).script(TAKE, _GROUP, consumer, count, idle_ms, _CONSUMER_FORGOTTEN_MS)
+        while True:
+            (where,) = yield [taking]
+            if not where:
+                return ()
+            reading = ("XREADGROUP", "GROUP", _GROUP, consumer, "COUNT", count, "STREAMS", journal, where)
+            (reply,) = yield [reading]
+            entries = reply[0][1] if reply else ()
+            gone = [entry_id for entry_id, fields in entries if fields is None]  # somebody took it out of the stream
+            if not gone:
+                return _entries(entries)
+            yield [("XACK", journal, _GROUP, *gone)]
+
+    def drop_journal(self, positions: Sequence[str]) -> Talk[None]:
+        for start in range(0, len(positions), _DROPPED_AT_ONCE):
+            ids = [_stream_id(position) for position in positions[start : start + _DROPPED_AT_ONCE]]
+            yield [_Message(self.keys, self.keys.journal).script(DROP, _GROUP, *ids)]
+
+    def read_journal(self, after: str, count: int) -> Talk[Entries]:
         low = f"({_stream_id(after)}" if after else "-"
         (entries,) = yield [("XRANGE", self.keys.journal, low, "+", "COUNT", count)]
-        return tuple(
-            _entry(entry_id, dict(zip(values[::2], values[1::2], strict=True))) for entry_id, values in entries
-        )
+        return _entries(entries)
 
-    def trim_journal(self, upto: str) -> Talk[None]:
-        if upto:
-            ms, _, number = _stream_id(upto).partition("-")
-            yield [("XTRIM", self.keys.journal, "MINID", "=", f"{ms}-{int(number) + 1}")]
+    def attend(self, for_ms: int) -> Talk[None]:
+        key = self.keys.worker
+        yield [("SET", key, self.clock() + for_ms, "PX", for_ms) if for_ms > 0 else ("DEL", key)]
+
+    def attended(self) -> Talk[bool]:
+        (until,) = yield [("GET", self.keys.worker)]
+        return until is not None and self.clock() < int(until)
 
     def journal_length(self) -> Talk[int]:
         (length,) = yield [("XLEN", self.keys.journal)]
@@ -391,33 +493,96 @@ class Steps:
         return str(value.decode())
 
 
-class _Message:
-    """The keys and balances of one script, each named once: in the arguments they are numbers."""
+# ---------------------------------------------------------------- what is said
 
-    def __init__(self, keys: Keys, *first: str) -> None:
-        self.names = keys
+
+class Spoken(NamedTuple):
+    """A script with its keys and arguments, as Redis reads it."""
+
+    words: bytes
+    sha: str
+
+
+Command = Spoken | tuple[str | bytes | int, ...]
+#: Any: a reply is whatever Redis says.
+Talk = Generator[Sequence[Command], Sequence[Any], T]
+
+
+class _Layout(NamedTuple):
+    """What all messages about the same balances have in common, as Redis reads it: most of their words.
+
+    Between `head` and `tail` come the keys of the exchange; behind `tail` the time and the numbers; behind `lines`,
+    which are what hold and journal say of the lines besides numbers, comes what the event says.
+    """
+
+    head: bytes
+    tail: bytes
+    lines: bytes
+
+    @classmethod
+    def of(
+        cls,
+        script: Script,
+        *,
+        own_keys: int,
+        keys: Sequence[str],
+        arguments: Sequence[bytes],
+        lines: Sequence[Any],  # of strings and booleans, in lists or not
+    ) -> _Layout:
+        keys_in_all = own_keys + len(keys)
+        words = 3 + keys_in_all + len(arguments) + _OWN_ARGUMENTS
+        head = b"*%d\r\n" % words + _bulks(b"EVALSHA", script.sha.encode(), b"%d" % keys_in_all)
+        return cls(head, _bulks(*map(str.encode, keys), *arguments), _bulks(_encode(lines)))
+
+
+def _said_of(lines: Sequence[Line]) -> list[Any]:
+    """What hold and journal keep of lines besides their numbers."""
+    return [each for line in lines for each in (line.balance, line.kind, line.unit, line.spent)]
+
+
+def _bulks(*words: bytes) -> bytes:
+    return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
+
+
+def _flat(values: list[Any]) -> bytes:
+    """The values in msgpack, one behind the other: an array without its head."""
+    packed = _encode(values)
+    return packed[1 if len(values) < 16 else 3 if len(values) < 65_536 else 5 :]
+
+
+def _unflat(packed: bytes, count: int) -> list[Any]:
+    values: list[Any] = _decode(b"\xdd" + count.to_bytes(4) + packed)
+    return values
+
+
+def _by_subject(keys: Keys, names: Iterable[str], keys_before: int) -> tuple[list[str], list[Any], dict[str, int]]:
+    """The hashes of some balances, what the layout says of them, and the balances' numbers."""
+    subjects: dict[str, list[tuple[str, str]]] = {}
+    for name in dict.fromkeys(names):
+        key, field = keys.place_of(name, Kind.TOTAL)
+        subjects.setdefault(key, []).append((field, name))
+    said: list[Any] = [len(subjects)]
+    numbers: dict[str, int] = {}
+    for number, balances in enumerate(subjects.values(), keys_before + 1):
+        said += (number, len(balances) + 1, "ttl", *(field for field, _ in balances))
+        for _, name in balances:
+            numbers[name] = len(numbers) + 1
+    return list(subjects), said, numbers
+
+
+class _Message:
+    """The keys of one script, each named once: in the arguments they are numbers."""
+
+    def __init__(self, *first: str) -> None:
         self.keys = list(first)
-        self.balances: list[int | str] = []  # flat: key index, field, name, kind of each
-        self.count = 0
-        self._known_keys: dict[str, int] = {}
         self._known: dict[str, int] = {}
 
     def key(self, name: str) -> int:
         """The number of a key in KEYS."""
-        number = self._known_keys.get(name)
-        if number is None:
-            self.keys.append(name)
-            number = self._known_keys[name] = len(self.keys)
-        return number
-
-    def balance(self, name: str, kind: Kind) -> int:
-        """The number of a balance in this message."""
         number = self._known.get(name)
         if number is None:
-            key, field = self.names.place_of(name, kind)
-            self.balances += (self.key(key), field, name, kind)
-            self.count += 1
-            number = self._known[name] = self.count
+            self.keys.append(name)
+            number = self._known[name] = len(self.keys)
         return number
 
     def script(self, script: Script, *arguments: str | bytes | int) -> Command:
@@ -427,42 +592,25 @@ class _Message:
 # ---------------------------------------------------------------- what Redis keeps, read
 
 
-def _granted(
-    wish: Reserve,
-    at: int,
-    again: bool,
-    offer: int,
-    cap: int,
-    lease_end: int,
-    took: bool,
-    short: Sequence[int],
-    lines: Sequence[Any],
-    numbers: Sequence[int],
-) -> Granted:
+def _granted(wish: Reserve, at: int, told: Sequence[Any], *, all_told: bool) -> Granted:
     """A grant, from the reply. One that was made before tells all its lines; a new one only those taken over."""
-    demands = wish.offers[offer].demands
-    standings = _standings(wish.offers[offer], numbers)
-    kept = list(_lines(lines))
-    if not again:
-        kept += [
-            Line(
-                demand.balance,
-                demand.kind,
-                demand.unit,
-                standing.window_start,
-                demand.fixed + demand.per_output * cap,
-                demand.spent_at_reserve,
-            )
-            for demand, standing in zip(demands, standings, strict=True)
-            if demand.kind is not Kind.CONCURRENT
-        ]
-    return Granted(offer, cap, tuple(kept), standings, lease_end, at, tuple(short), took)
+    chosen, cap, lease_end, took, short, lines_told, *numbers = told
+    demands = wish.offers[chosen].demands
+    standings = _standings(demands, numbers)
+    lines = list(_lines(lines_told)) if lines_told else []
+    if not all_told:
+        for demand, standing in zip(demands, standings, strict=True):
+            if demand.kind is not _CONCURRENT:
+                amount = demand.fixed + demand.per_output * cap
+                start, spent = standing.window_start, demand.unit is _REQUESTS
+                lines.append(Line(demand.balance, demand.kind, demand.unit, start, amount, spent))
+    return Granted(chosen, cap, tuple(lines), standings, lease_end, at, tuple(short or ()), took)
 
 
-def _standings(offer: Offer, numbers: Sequence[int]) -> tuple[Standing, ...]:
+def _standings(demands: Sequence[Demand], numbers: Iterable[int]) -> tuple[Standing, ...]:
     standings = []
-    for index, demand in enumerate(offer.demands):
-        spent, held, rem, start = numbers[4 * index : 4 * index + 4]
+    each = iter(numbers)
+    for demand, spent, held, rem, start in zip(demands, each, each, each, each, strict=True):
         end = None
         for window in demand.windows:
             if window.start == start:
@@ -481,31 +629,68 @@ def _lines(values: Sequence[Any]) -> tuple[Line, ...]:
 
 def _edges(windows: Sequence[Window]) -> tuple[int, int, int, int]:
     """The starts and ends of two windows; one that is not there contains no time."""
-    edges = [edge for window in windows[:2] for edge in (window.start, window.end)]
-    first, over, second, last = (*edges, 0, 0, 0, 0)[:4]
-    return first, over, second, last
+    if len(windows) < 2:
+        return windows[0].start, windows[0].end, 0, 0
+    first, second = windows[:2]
+    return first.start, first.end, second.start, second.end
 
 
-def _is_hold(kept: bytes | None) -> bool:
-    return kept is not None and kept.startswith(b"+")
+def _is_hold(kept: bytes | None) -> TypeGuard[bytes]:
+    return kept is not None and kept.startswith((b"#", b"+"))
 
 
-def _hold(kept: bytes) -> list[Any]:
-    """`[call, offer, cap, took, *lines]` of a hold, as _bucket.lua writes it."""
-    length = int.from_bytes(kept[1:5])
-    hold: list[Any] = _decode(kept[5 : 5 + length])
-    return hold
+class _Hold(NamedTuple):
+    call: str
+    offer: int
+    cap: int
+    lines: tuple[Line, ...]
+    draft: bytes
+
+
+def _hold(kept: bytes) -> _Hold:
+    """A hold, as _hold.lua has it."""
+    if kept.startswith(b"+"):  # an earlier version kept whole lines
+        whole, draft = _cut(kept[5:], int.from_bytes(kept[1:5]))
+        call, offer, cap, _, *values = _decode(whole)
+        return _Hold(call, offer, cap, _lines(values), draft)
+    first, second, third = (int.from_bytes(kept[place : place + 4]) for place in (1, 5, 9))
+    granted, asked, lines, draft = _cut(kept[13:], first, second, third)
+    _, _, offer, cap, _, _, _, taken_over, *numbers = _decode(granted)
+    of_offers = _decode(lines)
+    wish = _unflat(asked, 7 + sum(2 + 7 * (len(each) // 4) for each in of_offers))
+    at = 7 + sum(2 + 7 * (len(each) // 4) for each in of_offers[:offer]) + 2
+    demands = zip(
+        _in(4, of_offers[offer]), _in(4, numbers), _in(7, wish[at : at + 7 * (len(numbers) // 4)]), strict=True
+    )
+    own = (
+        Line(balance, Kind(kind), Unit(unit), start, fixed + per_output * cap, spent)
+        for (balance, kind, unit, spent), (*_, start), (_, fixed, per_output, *_) in demands
+        if kind != _CONCURRENT
+    )
+    return _Hold(wish[1], offer, cap, (*_lines(taken_over or ()), *own), draft)
+
+
+def _cut(kept: bytes, *lengths: int) -> list[bytes]:
+    """Strings of these lengths, and what is left."""
+    parts = []
+    for length in lengths:
+        parts.append(kept[:length])
+        kept = kept[length:]
+    return [*parts, kept]
+
+
+def _in(width: int, values: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
+    return zip(*[iter(values)] * width, strict=True)
 
 
 def _state(name: str, kept: bytes) -> BalanceState:
-    kind, start, spent, held, rem, stamp, _rate, _period, tick, changes, _until = _decode(kept)
+    if len(kept) == _KEPT_BYTES:
+        kind = chr(kept[0])
+        numbers = (int.from_bytes(kept[a:b], signed=True) for a, b in _KEPT_PLACES)
+        start, spent, held, rem, stamp, tick, changes = numbers
+    else:  # an earlier version kept msgpack
+        kind, start, spent, held, rem, stamp, _rate, _period, tick, changes, _until = _decode(kept)
     return BalanceState(name, _KINDS[kind], start, spent, held, changes, rem, stamp * tick)
-
-
-def _kind_of(name: str) -> Kind:
-    """The kind of a balance that is not concurrent, as its name says it. Only a new balance would need it."""
-    said = name.partition("|")[2].partition(":")[0]
-    return Kind(said) if said in ("bucket", "calendar", "total") else Kind.TOTAL
 
 
 def _position(entry_id: bytes) -> str:
@@ -519,19 +704,41 @@ def _stream_id(position: str) -> str:
     return f"{int(ms)}-{int(number)}"
 
 
+def _entries(entries: Sequence[Any]) -> Entries:
+    return tuple(_entry(entry_id, dict(zip(values[::2], values[1::2], strict=True))) for entry_id, values in entries)
+
+
 def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> JournalEntry | Unreadable:
     position = _position(entry_id)
     try:
         kind, at = EntryKind(fields[b"kind"].decode()), int(fields[b"at"])
-        name = fields[b"id"].decode()
-        lines = _lines(_decode(fields[b"lines"]))
-    except (msgspec.MsgspecError, LookupError, ValueError, TypeError) as error:  # not written by a script of ours
+        name, lines, payload, offer, cap = _entered(kind, fields)
+    except Exception as error:  # whatever it is, no script of ours wrote it
         reason = f"{type(error).__name__}: {error}"
         at = int(position.partition("-")[0])
         return Unreadable(f"journal/{position}", EntryKind.REFUSED, at, (), repr(fields).encode(), reason, position)
-    payload = fields[b"payload"]
     try:
-        event = read_event(kind, at, payload, offer=int(fields[b"offer"]), cap=int(fields[b"cap"]))
-    except (msgspec.MsgspecError, LookupError, TypeError) as error:  # written by another version, or damaged
+        event = read_event(kind, at, payload, offer=offer, cap=cap)
+    except Exception as error:  # written by another version, or damaged
         return Unreadable(name, kind, at, lines, payload, f"{type(error).__name__}: {error}", position=position)
     return JournalEntry(name, kind, at, lines, event, position=position)
+
+
+def _entered(kind: EntryKind, fields: dict[bytes, bytes]) -> tuple[str, tuple[Line, ...], bytes, int, int]:
+    """The id of an entry, the lines it moved, payload or draft, and the offer and cap that an abandoned one has."""
+    if b"said" in fields:
+        said = _decode(fields[b"lines"])
+        exchange, *_, name = (numbers := _unflat(fields[b"said"], 6 + 3 * (len(said) // 4)))[:6]
+        lines = tuple(
+            Line(balance, Kind(sort), Unit(unit), start, amount, spent)
+            for (balance, sort, unit, spent), (start, held, actual) in zip(
+                _in(4, said), _in(3, numbers[6:]), strict=True
+            )
+            if (amount := actual - held if kind is EntryKind.CORRECTION else actual)
+        )
+        return name or f"{exchange}/{kind}", lines, fields[b"payload"], -1, -1
+    if b"hold" in fields:
+        hold = _hold(fields[b"hold"])
+        return f"{fields[b'exchange'].decode()}/{kind}", hold.lines, hold.draft, hold.offer, hold.cap
+    lines = _lines(_decode(fields[b"lines"]))  # an earlier version entered whole lines
+    return fields[b"id"].decode(), lines, fields[b"payload"], int(fields[b"offer"]), int(fields[b"cap"])

@@ -31,11 +31,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from llm_guard_mw.errors import ConfigError, StoreUnavailable
 from llm_guard_mw.logs import log
-from llm_guard_mw.model import JournalEntry
 from llm_guard_mw.stores import sqlite_steps as steps
 from llm_guard_mw.stores.protocol import (
+    LEFT_ALONE_MS,
     BalanceState,
     ClockApart,
+    Entries,
     Granted,
     HoldState,
     Refused,
@@ -44,7 +45,6 @@ from llm_guard_mw.stores.protocol import (
     Settled,
     Settlement,
     TooLate,
-    Unreadable,
 )
 
 T = TypeVar("T")
@@ -77,6 +77,10 @@ class SQLiteStore:
     ) -> None:
         self.engine = _Engine(os.fspath(path), clock or wall_clock_ms, journal_max)
 
+    @property
+    def name(self) -> str:
+        return f"sqlite:{Path(self.engine.path).resolve()}"
+
     def clock(self) -> int:
         """The store's clock, in ms; asks nobody."""
         return self.engine.clock()
@@ -93,6 +97,12 @@ class SQLiteStore:
     def settle_soon(self, settlement: Settlement, done: Callable[[BaseException | None], None]) -> None:
         """Settle without waiting; `done` is told the outcome, on any thread."""
         self.engine.post(steps.settle, (settlement,), done)
+
+    def replayed(self, source: str) -> int:
+        return self.engine.run(steps.replayed, source)
+
+    def end_replay(self, source: str) -> None:
+        return self.engine.run(steps.end_replay, source)
 
     def renew(self, exchanges: Sequence[str], calls: Sequence[str], lease_ms: int) -> Renewed:
         return self.engine.run(steps.renew, exchanges, calls, lease_ms)
@@ -123,11 +133,20 @@ class SQLiteStore:
         """Append without waiting; `done` is told the outcome, on any thread."""
         self.engine.post(steps.append, (entry_id, payload), done)
 
-    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
+    def take_journal(self, consumer: str, count: int, idle_ms: int = LEFT_ALONE_MS) -> Entries:
+        return self.engine.run(steps.take_journal, consumer, count, idle_ms)
+
+    def drop_journal(self, positions: Sequence[str]) -> None:
+        return self.engine.run(steps.drop_journal, positions)
+
+    def read_journal(self, after: str, count: int) -> Entries:
         return self.engine.run(steps.read_journal, after, count)
 
-    def trim_journal(self, upto: str) -> None:
-        return self.engine.run(steps.trim_journal, upto)
+    def attend(self, for_ms: int) -> None:
+        return self.engine.run(steps.attend, for_ms)
+
+    def attended(self) -> bool:
+        return self.engine.run(steps.attended)
 
     def journal_length(self) -> int:
         return self.engine.run(steps.journal_length)
@@ -382,9 +401,9 @@ class _Engine:
             db.execute("PRAGMA wal_autocheckpoint = 0")  # the helper does them
             begin(db)
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                steps.create(db)
-            elif version != steps.SCHEMA_VERSION:
+            if version < steps.SCHEMA_VERSION:
+                steps.create(db, version)
+            elif version > steps.SCHEMA_VERSION:
                 raise ConfigError(
                     f"store {self.path!r} has schema {version}, this version of llm_guard_mw knows"
                     f" {steps.SCHEMA_VERSION}: use the version that wrote it, or a newer one"

@@ -36,9 +36,9 @@ from llm_guard_mw.stores.protocol import (
 )
 
 #: Raised by one for each change of the tables below; an unknown (newer) one is refused.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-SCHEMA = """
+_FIRST = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE balances (
     name TEXT PRIMARY KEY, kind TEXT NOT NULL, window_start INTEGER NOT NULL,
@@ -72,6 +72,17 @@ CREATE TABLE scope_values (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX scope_values_day ON scope_values (parent, scope, day);
 """
+_SECOND = """
+CREATE TABLE deliveries (                                                      -- who has which entries in hand
+    first INTEGER PRIMARY KEY, last INTEGER NOT NULL, consumer TEXT NOT NULL, at INTEGER NOT NULL
+) STRICT;
+"""
+#: What each version added to the one before.
+SCHEMAS = (_FIRST, _SECOND)
+
+#: A time that is so far ahead was written by a clock that was wrong.
+_CLOCK_WRONG_MS = 60_000
+_KINDS = frozenset(EntryKind)
 
 _TAKEN = "taken"
 _CORRECTED = "corrected"
@@ -80,12 +91,14 @@ _encode = msgspec.json.Encoder().encode
 _decode_lines = msgspec.json.Decoder(tuple[tuple[str, Kind, Unit, int, int, bool], ...]).decode
 
 
-def create(db: sqlite3.Connection) -> None:
-    """Make the tables, and give these contents an identity of their own."""
-    for statement in SCHEMA.split(";\n"):
-        if statement.strip():
-            db.execute(statement)
-    db.execute("INSERT INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
+def create(db: sqlite3.Connection, version: int) -> None:
+    """Make the tables that `version` has not; new contents get an identity of their own."""
+    for schema in SCHEMAS[version:]:
+        for statement in schema.split(";\n"):
+            if statement.strip():
+                db.execute(statement)
+    if version == 0:
+        db.execute("INSERT INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
@@ -358,7 +371,31 @@ def _granted_before(
 
 
 def settle(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled:
-    """Close an exchange, once, whatever has become of its hold."""
+    """Close an exchange, once, whatever has become of its hold; a replayed one moves its mark in the same step."""
+    replay = settlement.replay
+    if replay is None:
+        return _settle(db, now, settlement)
+    if replayed(db, now, replay.source) >= replay.position:
+        return Settled.AGAIN
+    outcome = _settle(db, now, settlement)
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_mark(replay.source), str(replay.position)))
+    return outcome
+
+
+def replayed(db: sqlite3.Connection, now: int, source: str) -> int:
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (_mark(source),)).fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def end_replay(db: sqlite3.Connection, now: int, source: str) -> None:
+    db.execute("DELETE FROM meta WHERE key = ?", (_mark(source),))
+
+
+def _mark(source: str) -> str:
+    return f"replayed:{source}"
+
+
+def _settle(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled:
     tombstone = _tombstone(db, settlement.exchange)
     if tombstone is not None:
         return _settle_abandoned(db, now, settlement) if tombstone == EntryKind.ABANDONED else Settled.AGAIN
@@ -370,13 +407,13 @@ def settle(db: sqlite3.Connection, now: int, settlement: Settlement) -> Settled:
         _end_hold(db, now, settlement.exchange, settlement.kind, TOMBSTONE_MS)
         _enter(db, now, settlement.exchange, settlement.kind, _actual(moves), settlement.payload)
         return Settled.DONE
-    if settlement.kind is EntryKind.RELEASE and not settlement.moved:
+    if settlement.kind is EntryKind.RELEASE and not settlement.moved and not settlement.fresh:
         return Settled.AGAIN
     if not settlement.fresh and now > settlement.lease_end + LATE_SETTLE_MS:
         return Settled.TOO_LATE
     for moved in settlement.moved:
         _move(db, now, moved.line, give_back=0, book=moved.actual, roll=True)
-    kind = EntryKind.SETTLE if settlement.fresh else EntryKind.ORPHAN
+    kind = settlement.kind if settlement.fresh else EntryKind.ORPHAN
     _bury(db, now, settlement.exchange, kind, TOMBSTONE_MS)
     _enter(db, now, settlement.exchange, kind, _actual(settlement.moved), settlement.payload)
     return Settled.DONE if settlement.fresh else Settled.ORPHAN
@@ -579,10 +616,45 @@ def append(db: sqlite3.Connection, now: int, entry_id: str, payload: bytes) -> N
     )
 
 
+def take_journal(
+    db: sqlite3.Connection, now: int, consumer: str, count: int, idle_ms: int
+) -> tuple[JournalEntry | Unreadable, ...]:
+    """A delivery is a range of the journal in somebody's hands: the rows themselves are not written for it."""
+    in_hand = db.execute(
+        # A time far ahead was written by a clock that was wrong.
+        "SELECT first, last FROM deliveries WHERE consumer = ? OR at <= ? OR at > ? ORDER BY consumer <> ?, first",
+        (consumer, now - idle_ms, now + _CLOCK_WRONG_MS, consumer),
+    ).fetchall()
+    for first, last in in_hand:
+        entries = _page(db, "seq BETWEEN ? AND ?", (first, last), count)
+        if entries:
+            db.execute("UPDATE deliveries SET consumer = ?, at = ? WHERE first = ?", (consumer, now, first))
+            return entries
+        db.execute("DELETE FROM deliveries WHERE first = ?", (first,))
+    (taken,) = db.execute("SELECT coalesce(max(last), 0) FROM deliveries").fetchone()
+    entries = _page(db, "seq > ?", (taken,), count)
+    if entries:
+        first, last = int(entries[0].position), int(entries[-1].position)
+        db.execute("INSERT INTO deliveries VALUES (?, ?, ?, ?)", (first, last, consumer, now))
+    return entries
+
+
+def drop_journal(db: sqlite3.Connection, now: int, positions: Sequence[str]) -> None:
+    db.executemany("DELETE FROM journal WHERE seq = ?", [(int(position),) for position in positions])
+    db.execute("DELETE FROM deliveries WHERE NOT EXISTS (SELECT 1 FROM journal WHERE seq BETWEEN first AND last)")
+
+
 def read_journal(db: sqlite3.Connection, now: int, after: str, count: int) -> tuple[JournalEntry | Unreadable, ...]:
+    return _page(db, "seq > ?", (int(after or 0),), count)
+
+
+def _page(
+    db: sqlite3.Connection, where: str, values: tuple[int, ...], count: int
+) -> tuple[JournalEntry | Unreadable, ...]:
     rows = db.execute(
-        "SELECT seq, id, kind, at, lines, payload, offer, cap FROM journal WHERE seq > ? ORDER BY seq LIMIT ?",
-        (int(after or 0), count),
+        "SELECT seq, id, kind, at, lines, payload, offer, cap FROM journal"  # noqa: S608 - constants of this module
+        f" WHERE {where} ORDER BY seq LIMIT ?",
+        (*values, count),
     )
     return tuple(_entry(*row) for row in rows)
 
@@ -590,22 +662,34 @@ def read_journal(db: sqlite3.Connection, now: int, after: str, count: int) -> tu
 def _entry(
     seq: int, entry_id: str, kind: str, at: int, lines: bytes, payload: bytes, offer: int | None, cap: int | None
 ) -> JournalEntry | Unreadable:
+    position = f"{seq:020d}"  # so that the order of strings is the order of entries
+    moved: tuple[Line, ...] = ()
     try:
+        moved = _lines(lines)
         event = read_event(EntryKind(kind), at, payload, offer=offer, cap=cap)
-    except (msgspec.MsgspecError, LookupError, TypeError) as error:  # written by another version, or damaged
-        reason = f"{type(error).__name__}: {error}"
-        return Unreadable(entry_id, EntryKind(kind), at, _lines(lines), payload, reason, position=str(seq))
-    return JournalEntry(entry_id, EntryKind(kind), at, _lines(lines), event, position=str(seq))
+    except Exception as error:  # whatever it is, it was written by another version, or damaged
+        known = EntryKind(kind) if kind in _KINDS else EntryKind.REFUSED
+        return Unreadable(entry_id, known, at, moved, payload, f"{type(error).__name__}: {error}", position)
+    return JournalEntry(entry_id, EntryKind(kind), at, moved, event, position)
 
 
-def trim_journal(db: sqlite3.Connection, now: int, upto: str) -> None:
-    db.execute("DELETE FROM journal WHERE seq <= ?", (int(upto or 0),))
+def attend(db: sqlite3.Connection, now: int, for_ms: int) -> None:
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('attended', ?)", (str(now + for_ms),))
+
+
+def attended(db: sqlite3.Connection, now: int) -> bool:
+    found = db.execute("SELECT value FROM meta WHERE key = 'attended'").fetchone()
+    return found is not None and now < int(found[0]) <= now + _CLOCK_WRONG_MS
 
 
 def journal_length(db: sqlite3.Connection, now: int) -> int:
-    """Entries waiting. The drain trims from the old end only, so the ends tell the length without a count."""
-    first, last = db.execute("SELECT (SELECT min(seq) FROM journal), (SELECT max(seq) FROM journal)").fetchone()
-    return 0 if first is None else last - first + 1
+    """Entries waiting. They are taken in order, so that only those in somebody's hands have to be counted."""
+    (in_hand,) = db.execute("SELECT count(*) FROM deliveries JOIN journal ON seq BETWEEN first AND last").fetchone()
+    first, last = db.execute(
+        "SELECT (SELECT min(seq) FROM journal WHERE seq > (SELECT coalesce(max(last), 0) FROM deliveries)),"
+        " (SELECT max(seq) FROM journal)"
+    ).fetchone()
+    return int(in_hand + (0 if first is None else last - first + 1))
 
 
 def epoch(db: sqlite3.Connection, now: int) -> str:

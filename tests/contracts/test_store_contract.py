@@ -18,6 +18,7 @@ from llm_guard_mw.stores.protocol import (
     Granted,
     HoldState,
     Refused,
+    Replay,
     Reserve,
     Settled,
     Settlement,
@@ -890,6 +891,103 @@ def test_a_booking_for_an_older_window_moves_only_the_journal(store: Store, cloc
     assert journal(store)[0].lines[0].window_start == TODAY
 
 
+def test_a_release_without_a_hold_is_entered_as_one(store: Store) -> None:
+    spent = booking("c/2", requests_a_day("rpd", 9), 1, fresh=True)
+
+    assert store.settle(replace(spent, kind=EntryKind.RELEASE)) is Settled.DONE
+
+    assert account(store, "rpd") == (1, 0)
+    assert [entry.id for entry in journal(store)] == ["c/2/release"]
+
+
+def test_a_release_that_never_held_anything_is_entered_as_well(store: Store) -> None:
+    nothing = settlement("c/2", (), NOON + LEASE, kind=EntryKind.RELEASE, fresh=True)
+
+    assert store.settle(nothing) is Settled.DONE
+
+    assert [entry.id for entry in journal(store)] == ["c/2/release"]
+
+
+# ---------------------------------------------------------------- replays of a spool
+
+
+def replay(exchange: str, position: int, source: str = "spool-1", actual: int = 70) -> Settlement:
+    return replace(booking(exchange, dollars("day", 0), actual, fresh=True), replay=Replay(source, position))
+
+
+def test_a_replay_is_settled_and_marked(store: Store) -> None:
+    assert store.replayed("spool-1") == 0
+
+    assert store.settle(replay("c/1", 3)) is Settled.DONE
+
+    assert account(store, "day") == (70, 0)
+    assert store.replayed("spool-1") == 3
+
+
+def test_a_replay_that_comes_again_the_next_day_counts_once(store: Store, clock: Clock) -> None:
+    store.settle(replay("c/1", 1))
+    store.settle(replay("c/2", 2))
+    clock.forward(DAY)
+    store.expire()  # no ending is remembered any more
+
+    assert [store.settle(replay("c/1", 1)), store.settle(replay("c/2", 2))] == [Settled.AGAIN, Settled.AGAIN]
+
+    assert [entry.id for entry in journal(store)] == ["c/1/settle", "c/2/settle"]
+    assert account(store, "day") == (140, 0)
+
+
+def test_each_spool_has_a_mark_of_its_own(store: Store) -> None:
+    store.settle(replay("c/1", 5))
+
+    assert store.settle(replay("d/1", 1, source="spool-2")) is Settled.DONE
+
+    assert (store.replayed("spool-1"), store.replayed("spool-2")) == (5, 1)
+    assert account(store, "day") == (140, 0)
+
+
+def test_the_mark_moves_past_a_replay_that_changes_nothing(store: Store, clock: Clock) -> None:
+    granted = grant(store, wish("c/1", offer(dollars("day", 1000, 100))))
+    store.settle(settled("c/1", granted))
+    again = replace(settled("c/1", granted), replay=Replay("spool-1", 1))
+    late = replace(booking("c/9", dollars("day", 0), 70), replay=Replay("spool-1", 2))
+
+    assert store.settle(again) is Settled.AGAIN
+    clock.forward(LEASE + LATE_SETTLE_MS + 1)
+    assert store.settle(late) is Settled.TOO_LATE
+
+    assert store.replayed("spool-1") == 2
+    assert account(store, "day") == (100, 0)
+
+
+def test_the_replay_of_a_settlement_ends_its_hold(store: Store) -> None:
+    granted = grant(store, wish("c/1", offer(dollars("day", 1000, 100))))
+
+    store.settle(replace(settled("c/1", granted, {"day": 60}), replay=Replay("spool-1", 1)))
+
+    assert account(store, "day") == (60, 0)
+
+
+def test_the_replay_of_an_abandoned_exchange_corrects_it(store: Store, clock: Clock) -> None:
+    granted = grant(store, wish("c/1", offer(dollars("day", 1000, 100))))
+    clock.forward(LEASE)
+    store.expire()
+    late = replace(settled("c/1", granted, {"day": 60}), replay=Replay("spool-1", 1))
+
+    assert [store.settle(late), store.settle(late)] == [Settled.CORRECTED, Settled.AGAIN]
+
+    assert account(store, "day") == (60, 0)
+    assert store.replayed("spool-1") == 1
+
+
+def test_a_spool_that_is_gone_leaves_no_mark(store: Store) -> None:
+    store.settle(replay("c/1", 7))
+
+    store.end_replay("spool-1")
+    store.end_replay("spool-2")
+
+    assert store.replayed("spool-1") == 0
+
+
 # ---------------------------------------------------------------- expiry, corrections, orphans
 
 
@@ -1209,29 +1307,158 @@ def test_the_journal_is_read_in_pages_and_in_order(store: Store) -> None:
     assert journal(store, third[-1].position) == []
 
 
-def test_what_was_trimmed_is_gone_and_the_rest_keeps_its_position(store: Store) -> None:
-    for number in range(4):
+def _take(store: Store, consumer: str, count: int, idle_ms: int = HOUR) -> list[str]:
+    """The positions of what somebody is given."""
+    return [entry.position for entry in store.take_journal(consumer, count, idle_ms)]
+
+
+def _refusals(store: Store, count: int) -> list[str]:
+    """So many entries; their positions."""
+    for number in range(count):
         _refusal(store, number)
-    entries = journal(store)
+    return [entry.position for entry in journal(store)]
 
-    store.trim_journal(entries[1].position)
 
-    assert journal(store) == entries[2:]
+def test_what_one_has_in_hand_nobody_else_is_given(store: Store) -> None:
+    positions = _refusals(store, 5)
+
+    assert _take(store, "a", 2) == positions[:2]
+    assert _take(store, "b", 2) == positions[2:4]
+    assert _take(store, "c", 2) == positions[4:]
+    assert _take(store, "d", 2) == []
+
+
+def test_what_one_has_in_hand_he_is_given_again_before_anything_new(store: Store) -> None:
+    positions = _refusals(store, 4)
+    _take(store, "a", 2)
+
+    assert _take(store, "a", 4) == positions[:2]
+    assert _take(store, "a", 1) == positions[:1]
+
+
+def test_what_is_taken_is_what_the_journal_says(store: Store) -> None:
+    grant(store, wish("c/1", offer(prepaid("pot", 10, 4))))
+    _refusal(store, 1)
+
+    assert tuple(store.take_journal("a", 10)) == tuple(store.read_journal("", 10))
+
+
+def test_to_take_entries_is_not_to_remove_them(store: Store) -> None:
+    positions = _refusals(store, 3)
+
+    _take(store, "a", 2)
+
+    assert [entry.position for entry in journal(store)] == positions
+    assert store.journal_length() == 3
+
+
+def test_what_was_dropped_is_gone_and_the_rest_keeps_its_position(store: Store) -> None:
+    positions = _refusals(store, 4)
+    _take(store, "a", 2)
+
+    store.drop_journal(positions[:2])
+
+    assert [entry.position for entry in journal(store)] == positions[2:]
+    assert store.journal_length() == 2
+    assert _take(store, "a", 9) == positions[2:]
+
+
+def test_a_later_batch_may_be_dropped_before_an_earlier_one(store: Store) -> None:
+    positions = _refusals(store, 5)
+    _take(store, "a", 2)
+    _take(store, "b", 2)
+
+    store.drop_journal(positions[2:4])
+
+    assert [entry.position for entry in journal(store)] == [*positions[:2], positions[4]]
+    assert store.journal_length() == 3
+    assert (_take(store, "a", 9), _take(store, "b", 9)) == (positions[:2], positions[4:])
+
+
+def test_a_part_of_a_batch_may_be_dropped(store: Store) -> None:
+    positions = _refusals(store, 3)
+    _take(store, "a", 3)
+
+    store.drop_journal(positions[1:2])
+
+    assert _take(store, "a", 9) == [positions[0], positions[2]]
     assert store.journal_length() == 2
 
 
-def test_a_trimmed_journal_goes_on_behind_what_it_was(store: Store) -> None:
-    for number in range(3):
-        _refusal(store, number)
-    read = journal(store)
-    store.trim_journal(read[-1].position)
+def test_what_is_dropped_twice_takes_nothing_else_along(store: Store) -> None:
+    positions = _refusals(store, 3)
+    _take(store, "a", 2)
+
+    store.drop_journal(positions[:2])
+    store.drop_journal(positions[:2])
+    store.drop_journal([])
+
+    assert [entry.position for entry in journal(store)] == positions[2:]
+
+
+def test_what_somebody_left_alone_is_given_to_another_one(store: Store) -> None:
+    positions = _refusals(store, 3)
+    _take(store, "dead", 2)
+
+    assert _take(store, "a", 9, idle_ms=HOUR) == positions[2:]
+    store.drop_journal(positions[2:])
+    assert _take(store, "a", 9, idle_ms=0) == positions[:2]
+    assert _take(store, "b", 9, idle_ms=HOUR) == []
+
+
+def test_one_who_was_only_slow_may_drop_what_another_one_has_in_hand_by_now(store: Store) -> None:
+    positions = _refusals(store, 3)
+    _take(store, "slow", 2)
+    _take(store, "a", 9, idle_ms=0)
+
+    store.drop_journal(positions[:2])
+
+    assert _take(store, "a", 9) == positions[2:]
+    assert store.journal_length() == 1
+
+
+def test_a_dropped_journal_goes_on_behind_what_it_was(store: Store) -> None:
+    positions = _refusals(store, 3)
+    _take(store, "a", 9)
+    store.drop_journal(positions)
     assert store.journal_length() == 0
 
     _refusal(store, 9)
 
-    assert [entry.event.call_id for entry in journal(store, read[-1].position)] == ["c9"]
-    store.trim_journal(read[-1].position)
+    assert [entry.event.call_id for entry in journal(store, positions[-1])] == ["c9"]
+    store.drop_journal(positions)
     assert store.journal_length() == 1
+    assert len(_take(store, "a", 9)) == 1
+
+
+def test_many_who_take_at_the_same_time_are_given_each_entry_once(shared_store: Store) -> None:
+    positions = _refusals(shared_store, 60)
+
+    def work(consumer: str) -> list[str]:
+        mine: list[str] = []
+        while taken := _take(shared_store, consumer, 3):
+            mine += taken
+            shared_store.drop_journal(taken)
+        return mine
+
+    with ThreadPoolExecutor(4) as pool:
+        shares = list(pool.map(work, "abcd"))
+
+    assert sorted(position for share in shares for position in share) == positions
+    assert shared_store.journal_length() == 0
+
+
+def test_a_worker_says_for_how_long_it_is_at_the_journal(store: Store, clock: Clock) -> None:
+    assert not store.attended()
+
+    store.attend(10 * SECOND)
+    assert store.attended()
+    clock.forward(10 * SECOND)
+    assert not store.attended()
+
+    store.attend(10 * SECOND)
+    store.attend(0)
+    assert not store.attended()
 
 
 def test_an_entry_that_cannot_be_read_is_handed_out_with_what_it_moved(store: Store) -> None:
@@ -1254,9 +1481,8 @@ def test_an_entry_that_cannot_be_read_is_handed_out_with_what_it_moved(store: St
     assert isinstance(sound, JournalEntry)
 
 
-def test_an_empty_journal_has_nothing_to_trim(store: Store) -> None:
-    store.trim_journal("")
-
+def test_an_empty_journal_has_nothing_to_take(store: Store) -> None:
+    assert (_take(store, "a", 10), _take(store, "a", 10, idle_ms=0)) == ([], [])
     assert (store.journal_length(), store.read_journal("", 10)) == (0, ())
 
 

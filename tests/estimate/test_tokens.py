@@ -185,3 +185,8 @@ def test_counting_imports_nothing_that_can_reach_a_network() -> None:
     )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@given(st.binary(max_size=2000))
+def test_the_bound_sums_its_costs_exactly(data: bytes) -> None:
+    assert tokens._sum(data) == sum(data)

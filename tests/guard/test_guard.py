@@ -97,7 +97,7 @@ def test_a_capture_that_finds_no_store_leaves_no_call_behind(
     assert (installed.desk.calls, installed.desk.open) == ({}, {})
 
 
-def test_a_capture_that_passes_unguarded_leaves_no_call_behind(
+def test_a_capture_that_is_guarded_alone_leaves_no_call_behind(
     guarded: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = guarded(limits=["$1/day global"], on_store_failure="allow")
@@ -106,9 +106,11 @@ def test_a_capture_that_passes_unguarded_leaves_no_call_behind(
     other = sqlite3.connect(tmp_path / "guard.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
 
-    Guard(installed.desk).begin(ASKED)
+    exchange: Any = Guard(installed.desk).begin(ASKED)
+    Guard(installed.desk).finish(exchange, None, status=500, ending="complete")
 
     other.close()
+    assert exchange.alone
     assert (installed.desk.calls, installed.desk.open) == ({}, {})
 
 

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from llm_guard_mw import process
+from llm_guard_mw.duties import Duty
 from llm_guard_mw.errors import StoreUnavailable
 from llm_guard_mw.guard import Guard
 from llm_guard_mw.ledger import Ledger, verify
 from llm_guard_mw.model import Asked, EntryKind
 from llm_guard_mw.stores import open_store, sqlite
+from llm_guard_mw.stores.journal import encode_event
+from tests.model.world import event_of
 
 Install = Callable[..., process.Installation]
 ASKED = Asked(api="openai.chat", provider="openai", model="gpt-4o-mini", input_tokens=100, cap=100)
@@ -102,22 +105,21 @@ def test_the_keeper_sweeps_what_others_left(guarded: Install) -> None:
     until(lambda: [event for event in events(installed) if event["kind"] == "abandoned"], "it is swept")
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite, "LOCK_WAIT_SECONDS", 0.02)
-
-
-@pytest.mark.usefixtures("impatient")
-def test_a_settlement_that_found_the_store_locked_is_tried_again(guarded: Install, tmp_path: Path) -> None:
+def test_a_settlement_that_found_the_store_locked_is_tried_again(
+    guarded: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed = guarded(limits=["$1/day global"])
+    installed.keeper.ledger.migrate()  # its first use locks the same file for longer than we are patient
     exchange = begin(installed)
     other = sqlite3.connect(tmp_path / "guard.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
 
-    Guard(installed.desk).finish(exchange, None, status=500, ending="complete")
-    assert len(installed.desk.outbox) == 1
-    with pytest.raises(StoreUnavailable):
-        begin(installed)
+    with monkeypatch.context() as impatience:
+        impatience.setattr(sqlite, "LOCK_WAIT_SECONDS", 0.02)
+        Guard(installed.desk).finish(exchange, None, status=500, ending="complete")
+        assert len(installed.desk.outbox) == 1
+        with pytest.raises(StoreUnavailable):
+            begin(installed)
     other.execute("ROLLBACK")
     other.close()
     installed.keeper.start()
@@ -140,6 +142,37 @@ def test_the_ledger_has_an_entry_within_a_second(guarded: Install) -> None:
     assert time.monotonic() - began < 2
 
 
+def drain_of(installed: process.Installation) -> Duty:
+    [drain] = [duty for duty in installed.keeper.duties if duty.name == "drain"]
+    return drain
+
+
+def test_the_journal_is_left_to_a_worker_as_long_as_one_is_at_it(guarded: Install) -> None:
+    installed = guarded(limits=["$1/day global"])
+    store = installed.desk.store
+    Guard(installed.desk).finish(begin(installed), None, status=500, ending="complete")
+
+    store.attend(60_000)
+    installed.keeper._do(drain_of(installed))
+    assert store.journal_length() == 1
+
+    store.attend(0)
+    installed.keeper._do(drain_of(installed))
+    assert store.journal_length() == 0
+
+
+def test_a_worker_that_falls_behind_is_helped(guarded: Install) -> None:
+    installed = guarded(limits=["$1/day global"], journal_max=1000)
+    store = installed.desk.store
+    for number in range(501):
+        store.append(f"r{number}/0/refused", encode_event(event_of(f"r{number}/0")))
+    store.attend(60_000)
+
+    installed.keeper._do(drain_of(installed))
+
+    assert store.journal_length() < 500
+
+
 def test_a_ledger_that_is_away_is_left_alone_for_longer_and_longer(
     guarded: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,7 +180,7 @@ def test_a_ledger_that_is_away_is_left_alone_for_longer_and_longer(
     (tmp_path / "nowhere").write_text("a file where a folder would have to be")
     Guard(installed.desk).finish(begin(installed), None, status=500, ending="complete")
 
-    [drain] = [duty for duty in installed.keeper.duties if duty.name == "drain"]
+    drain = drain_of(installed)
     rests = []
     for _ in range(7):
         installed.keeper._do(drain)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.ledger.drain import LEASE_MS, lease
 from llm_guard_mw.ledger.rows import EVENT_FIELDS
 from llm_guard_mw.model import Basis, UsageEvent
+from llm_guard_mw.stores.protocol import Entries
 from llm_guard_mw.stores.sqlite import SQLiteStore
-from tests.ledger.bench import DAY_BUDGET, DAY_REQUESTS, Bench, event, released_one
+from tests.ledger.bench import DAY_BUDGET, DAY_REQUESTS, Bench, event, new_bench, released_one
 from tests.model.world import DAY, LEASE, NOON, Clock, day_start
 
 
@@ -105,17 +108,17 @@ def test_a_released_exchange_has_a_row_and_no_rollup(bench: Bench) -> None:
     assert bench.rows("daily_usage") == []
 
 
-def test_a_drain_that_died_before_the_trim_changes_nothing_when_repeated(
+def test_a_drain_that_died_after_its_commit_changes_nothing_when_repeated(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(3):
         bench.exchange()
 
-    def killed(self: SQLiteStore, upto: str) -> None:
+    def killed(self: SQLiteStore, positions: Sequence[str]) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(SQLiteStore, "trim_journal", killed)
+        patch.setattr(SQLiteStore, "drop_journal", killed)
         with pytest.raises(KeyboardInterrupt):
             bench.drain()
     before = {table: bench.rows(table) for table in ("usage_events", "daily_usage", "window_totals")}
@@ -131,46 +134,109 @@ def test_a_drain_that_died_before_the_trim_changes_nothing_when_repeated(
     assert {row["balance"]: row["spent"] for row in after["window_totals"]}[DAY_BUDGET] == 2800
 
 
-def test_only_one_drains_at_a_time(bench: Bench) -> None:
+def test_several_drain_side_by_side_each_its_own_entries(bench: Bench) -> None:
+    for _ in range(4):
+        bench.exchange()
+    other = Ledger(bench.ledger.url)
+    bench.store.take_journal("a third one", 1)
+
+    assert bench.ledger.drain(bench.store, most=2) == 2
+    assert other.drain(bench.store, most=2) == 1
+    assert len(bench.rows("usage_events")) == 3
+    other.close()
+
+
+def test_entries_that_two_have_in_hand_are_counted_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        bench.exchange(cost_nanos=700)
+    slow, take = Ledger(bench.ledger.url), bench.store.take_journal
+
+    def slowly(consumer: str, count: int) -> Entries:
+        entries = take(consumer, count)
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.store, "take_journal", lambda consumer, count: take(consumer, count, 0))
+            assert bench.ledger.drain(bench.store) == 3
+        return entries
+
+    monkeypatch.setattr(bench.store, "take_journal", slowly)
+
+    assert slow.drain(bench.store) == 3
+    (group,) = bench.rows("daily_usage")
+    assert (len(bench.rows("usage_events")), group["exchanges"], group["cost_nanos"]) == (3, 3, 2100)
+    assert {row["balance"]: row["spent"] for row in bench.rows("window_totals")}[DAY_BUDGET] == 2100
+    assert bench.rows("dead_entries") == []
+    slow.close()
+
+
+def test_many_who_commit_the_same_entries_at_the_same_time_count_them_once(bench: Bench) -> None:
+    for _ in range(40):
+        bench.exchange(cost_nanos=100)
+    entries = bench.store.read_journal("", 100)
+    ledgers = [Ledger(bench.ledger.url) for _ in range(4)]
+
+    class Handing:
+        """Gives everybody all entries, as if each had found the others dead."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(bench.store, name)
+
+        def take_journal(self, consumer: str, count: int) -> Entries:
+            return entries
+
+    with ThreadPoolExecutor(4) as pool:
+        drained = list(pool.map(lambda ledger: ledger.drain(Handing()), ledgers))  # type: ignore[arg-type]
+
+    assert drained == [40] * 4
+    (group,) = bench.rows("daily_usage")
+    assert (len(bench.rows("usage_events")), group["exchanges"], group["cost_nanos"]) == (40, 40, 4000)
+    assert {row["balance"]: row["spent"] for row in bench.rows("window_totals")}[DAY_BUDGET] == 4000
+    assert bench.rows("dead_entries") == []
+    for ledger in ledgers:
+        ledger.close()
+
+
+def test_nobody_drains_while_the_books_are_held_still(bench: Bench) -> None:
     bench.exchange()
     other = Ledger(bench.ledger.url)
 
     with lease(other.database, bench.store.epoch()) as held:
         assert held is not None
         assert bench.ledger.drain(bench.store) is None
+        assert bench.rows("usage_events") == []
     assert bench.ledger.drain(bench.store) == 1
+    assert len(bench.rows("usage_events")) == 1
     other.close()
 
 
-def test_the_lease_of_a_dead_drainer_runs_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_held_the_books_and_died_is_waited_for_no_longer_than_the_lease(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.exchange()
     dead = lease(bench.ledger.database, bench.store.epoch())
-    assert dead.__enter__() is not None
+    held = dead.__enter__()
+    assert held is not None
     import llm_guard_mw.ledger.drain as module
 
     later = module._now() + LEASE_MS
     monkeypatch.setattr(module, "_now", lambda: later)
 
     assert bench.ledger.drain(bench.store) == 1
+    assert not held.renew(bench.ledger.database)
     dead.__exit__(None, None, None)
 
 
-def test_who_lost_the_lease_writes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench.exchange()
-    read = bench.store.read_journal
+def test_the_watermark_is_the_furthest_position_and_never_moves_back(bench: Bench) -> None:
+    for _ in range(3):
+        bench.exchange()
+    *_, last = bench.store.read_journal("", 3)
+    bench.store.take_journal("another", 1)
+    bench.drain_once()
 
-    def slowly(after: str, count: int) -> object:
-        entries = read(after, count)
-        with bench.ledger.database.writing() as connection:
-            connection.exec_driver_sql("UPDATE drain_watermarks SET holder = 'another'")
-        return entries
-
-    monkeypatch.setattr(bench.store, "read_journal", slowly)
-
-    assert bench.ledger.drain(bench.store) is None
-
-    assert bench.rows("usage_events") == []
-    assert bench.store.journal_length() == 1
+    assert [row["position"] for row in bench.rows("drain_watermarks")] == [last.position]
+    bench.store.take_journal(bench.ledger._my_hands().name, 9, 0)
+    bench.drain_once()
+    assert [row["position"] for row in bench.rows("drain_watermarks")] == [last.position]
+    assert bench.store.journal_length() == 0
 
 
 def test_a_store_made_anew_gets_a_watermark_of_its_own_and_a_warning(
@@ -222,9 +288,7 @@ def test_an_entry_that_cannot_be_a_row_is_put_aside_with_what_it_moved(
 def test_a_payload_that_cannot_be_read_is_put_aside(bench: Bench, tmp_path: Path) -> None:
     bench.exchange("c1/0")
     bench.exchange("c2/0")
-    with sqlite3.connect(tmp_path / "guard.db") as damage:
-        damage.execute("UPDATE journal SET payload = ? WHERE id = 'c1/0/settle'", (b"\xff{",))
-    damage.close()
+    damage(tmp_path / "guard.db", "c1/0/settle", payload=b"\xff{")
 
     assert bench.drain() == 2
 
@@ -232,6 +296,82 @@ def test_a_payload_that_cannot_be_read_is_put_aside(bench: Bench, tmp_path: Path
     (dead,) = bench.rows("dead_entries")
     assert (dead["id"], dead["kind"]) == ("c1/0/settle", "settle")
     assert {row["balance"]: row["spent"] for row in bench.rows("window_totals")}[DAY_BUDGET] == 1400
+
+
+def damage(path: Path, entry_id: str, **columns: object) -> None:
+    """Write over parts of a journal entry, as a disk or a stranger might."""
+    with sqlite3.connect(path) as db:
+        assigned = ", ".join(f"{name} = ?" for name in columns)
+        db.execute(f"UPDATE journal SET {assigned} WHERE id = ?", (*columns.values(), entry_id))
+    db.close()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"kind": "of another world"},
+        {"lines": b"\xff"},
+        {"lines": b"[[1, 2, 3, 4, 5, 6]]"},
+        {"lines": b'[["x", "calendar", "usd", 0, 99999999999999999999999, false]]'},
+        {"lines": b'[["x", "calendar", "usd", 0, 9223372036854775807, false]]'},
+        {"lines": b'[["%s", "calendar", "usd", 0, 1, false]]' % (b"x" * 5000)},
+        {"kind": "abandoned", "offer": 7},
+        {"payload": b""},
+        {"payload": b"\xff\x00\xff"},
+        {"payload": b'{"event":{"call_id":"\\ud800","attempt":1,"kind":"settle","at":99999999999999999999}}'},
+        {"payload": b'{"event":{"call_id":"%s","attempt":1,"kind":"settle","at":5}}' % (b"c" * 5000)},
+        {"payload": b"{}", "id": "x" * 5000 + "\0"},
+        {"payload": b"{}", "at": 2**63 - 1},
+    ],
+)
+def test_whatever_a_stranger_writes_is_put_aside_and_the_others_go_on(
+    bench: Bench, tmp_path: Path, columns: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.exchange("c1/0")
+    bench.exchange("c2/0")
+    damage(tmp_path / "guard.db", "c1/0/settle", **columns)
+
+    assert bench.drain() == 2
+
+    assert [row["call_id"] for row in bench.rows("usage_events")] == ["c2"]
+    assert len(bench.rows("dead_entries")) == 1
+    assert bench.store.journal_length() == 0
+    assert [json.loads(line)["event"] for line in caplog.messages] == ["journal_entry_put_aside"]
+
+
+def test_lines_that_cannot_be_added_are_told_and_do_not_count(postgres_url: str, tmp_path: Path) -> None:
+    bench = new_bench(tmp_path / "guard.db", postgres_url)
+    bench.exchange("c1/0")
+    bench.drain()
+    with bench.ledger.database.writing() as connection:
+        connection.exec_driver_sql(f"UPDATE window_totals SET spent = {2**63 - 1} WHERE balance = '{DAY_BUDGET}'")
+    bench.exchange("c2/0")
+
+    assert bench.drain() == 1
+
+    (dead,) = bench.rows("dead_entries")
+    assert (dead["id"], dead["lines"]) == ("c2/0/settle", [])
+    assert DAY_BUDGET in dead["error"]
+    bench.close()
+
+
+def test_an_alarm_is_told_once_however_often_the_drain_dies(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.exchange("c1/0", input_tokens=2**70)
+
+    def killed(self: SQLiteStore, positions: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SQLiteStore, "drop_journal", killed)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                bench.drain()
+    bench.drain()
+
+    assert [json.loads(line)["event"] for line in caplog.messages] == ["journal_entry_put_aside"]
+    assert len(bench.rows("dead_entries")) == 1
 
 
 def test_a_row_that_the_database_refuses_takes_only_itself_down(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from llm_guard_mw.ledger import Ledger, verify
 from llm_guard_mw.ledger import drain as drain_module
 from llm_guard_mw.ledger.tables import METADATA
-from llm_guard_mw.model import JournalEntry
-from llm_guard_mw.stores.protocol import Unreadable
+from llm_guard_mw.stores.protocol import Entries
 from tests.ledger.bench import Bench, event, released_one, rows
 from tests.model.reference import ReferenceStore
 from tests.model.world import DAY, LEASE, NOON, Clock
@@ -29,7 +28,7 @@ class Died(BaseException):
 
 
 class MortalStore:
-    """A store whose reader dies where the test says: before the commit, or between commit and trim."""
+    """A store whose drain dies where the test says: with entries in its hands, or between commit and drop."""
 
     def __init__(self, store: ReferenceStore) -> None:
         self.store = store
@@ -38,15 +37,16 @@ class MortalStore:
     def __getattr__(self, name: str) -> object:
         return getattr(self.store, name)
 
-    def trim_journal(self, upto: str) -> None:
-        if self.dies_at == "trim":
+    def drop_journal(self, positions: Sequence[str]) -> None:
+        if self.dies_at == "drop":
             raise Died
-        self.store.trim_journal(upto)
+        self.store.drop_journal(positions)
 
-    def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
-        if self.dies_at == "read":
+    def take_journal(self, consumer: str, count: int, idle_ms: int = 0) -> Entries:
+        entries = self.store.take_journal(consumer, count, idle_ms)
+        if self.dies_at == "take":
             raise Died
-        return self.store.read_journal(after, count)
+        return entries
 
 
 endings = st.sampled_from(["settle", "settle", "release", "abandon", "abandon and correct", "refuse", "poison"])
@@ -61,7 +61,7 @@ exchanges = st.lists(
     max_size=12,
 )
 steps = st.lists(
-    st.tuples(st.integers(1, 5), st.sampled_from([None, None, "read", "commit", "trim"])), min_size=1, max_size=8
+    st.tuples(st.integers(1, 5), st.sampled_from([None, None, "take", "commit", "drop"])), min_size=1, max_size=8
 )
 
 
@@ -113,21 +113,23 @@ def test_batches_deaths_and_replays_leave_the_same_books(
 
 
 def stumble(bench: Bench, store: MortalStore, plan: list[tuple[int, str | None]]) -> None:
-    """Drain as planned; a process that dies leaves its lease behind, and the next one waits that long."""
+    """Drain as planned, each time by another process; one that dies leaves entries in its hands."""
     take_down = drain_module._take_down
     for most, dies_at in plan:
         store.dies_at = dies_at
         if dies_at == "commit":
 
-            def dying(*arguments: object) -> None:
-                take_down(*arguments)  # type: ignore[arg-type]
+            def dying(*arguments: object, careful: bool) -> None:
+                take_down(*arguments, careful=careful)  # type: ignore[arg-type]
                 raise Died
 
             drain_module._take_down = dying  # type: ignore[assignment]
         try:
-            bench.ledger.drain(bench.store, most)
+            ledger = Ledger(bench.ledger.url)
+            ledger.drain(bench.store, most)
         except Died:
             pass
         finally:
             drain_module._take_down = take_down
             store.dies_at = None
+            ledger.close()

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from llm_guard_mw.errors import LedgerUnavailable
 from llm_guard_mw.ledger import Ledger, Verification, verify
+from llm_guard_mw.ledger.drain import lease
 from llm_guard_mw.model import EntryKind
 from llm_guard_mw.stores.journal import encode_event
-from llm_guard_mw.stores.protocol import HoldState, Moved, Settlement
+from llm_guard_mw.stores.protocol import LEFT_ALONE_MS, HoldState, Moved, Settlement
 from llm_guard_mw.stores.sqlite import SQLiteStore
 from tests.ledger.bench import DAY_BUDGET, DAY_REQUESTS, MINUTE_TOKENS, Bench, event, released_one
 from tests.model.world import DAY, LEASE, NOON
@@ -236,7 +238,7 @@ def test_an_entry_that_waits_in_the_journal_after_its_commit_is_not_counted_twic
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.exchange("a/0")
-    monkeypatch.setattr(bench.store, "trim_journal", lambda upto: None)
+    monkeypatch.setattr(bench.store, "drop_journal", lambda positions: None)
     bench.drain_once()
 
     monkeypatch.setattr("llm_guard_mw.ledger.audit.drain_all", lambda *_: 0)
@@ -288,18 +290,26 @@ def test_the_books_stand_still_while_verify_reads(bench: Bench, monkeypatch: pyt
     other.close()
 
 
-def test_verify_waits_for_a_drainer_at_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_guard_mw.errors import LedgerUnavailable
-    from llm_guard_mw.ledger.drain import lease
-
-    bench.exchange()
+def test_verify_waits_for_another_verify(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm_guard_mw.ledger.audit._PATIENCE_SECONDS", 0.1)
 
     with (
         lease(bench.ledger.database, bench.store.epoch()),
-        pytest.raises(LedgerUnavailable, match="has been draining it for too long"),
+        pytest.raises(LedgerUnavailable, match="another process has been verifying it for too long"),
     ):
         look(bench)
+
+
+def test_verify_waits_for_what_others_have_in_hand(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.exchange()
+    bench.store.take_journal("at work", 1)
+    monkeypatch.setattr("llm_guard_mw.ledger.audit._PATIENCE_SECONDS", 0.1)
+
+    with pytest.raises(LedgerUnavailable, match="another process has been at its journal for too long"):
+        look(bench)
+
+    bench.clock.forward(LEFT_ALONE_MS)
+    assert look(bench).ok
 
 
 def test_a_store_made_anew_is_told_apart_from_the_books(bench: Bench, tmp_path: Path) -> None:

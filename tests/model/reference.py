@@ -30,6 +30,7 @@ from llm_guard_mw.stores.journal import read_event
 from llm_guard_mw.stores.protocol import (
     ABANDONED_TOMBSTONE_MS,
     LATE_SETTLE_MS,
+    LEFT_ALONE_MS,
     TOMBSTONE_MS,
     BalanceState,
     ClockApart,
@@ -112,8 +113,11 @@ class ReferenceStore:
     _holds: dict[str, Hold] = field(default_factory=dict)
     _tombstones: dict[str, Tombstone] = field(default_factory=dict)
     _journal: list[JournalEntry | Unreadable] = field(default_factory=list)
+    _in_hand: dict[str, tuple[str, int]] = field(default_factory=dict)  # position: consumer, since when
+    _attended_until: int = 0
     _entered: int = 0
     _scope_values: dict[tuple[str, str, str], int] = field(default_factory=dict)  # -> the day it was new
+    _replayed: dict[str, int] = field(default_factory=dict)  # spool -> how far
 
     # ---------------------------------------------------------------- reserve
 
@@ -261,6 +265,20 @@ class ReferenceStore:
     # ---------------------------------------------------------------- settle
 
     def settle(self, settlement: Settlement) -> Settled:
+        replay = settlement.replay
+        if replay is not None:
+            if replay.position <= self.replayed(replay.source):
+                return Settled.AGAIN
+            self._replayed[replay.source] = replay.position
+        return self._settle(settlement)
+
+    def replayed(self, source: str) -> int:
+        return self._replayed.get(source, 0)
+
+    def end_replay(self, source: str) -> None:
+        self._replayed.pop(source, None)
+
+    def _settle(self, settlement: Settlement) -> Settled:
         now = self.clock()
         exchange, kind = settlement.exchange, settlement.kind
         tombstone = self._tombstones.get(exchange)
@@ -283,7 +301,7 @@ class ReferenceStore:
             return Settled.CORRECTED
 
         all_moved = settlement.moved
-        unknown = kind is EntryKind.RELEASE and not all_moved
+        unknown = kind is EntryKind.RELEASE and not all_moved and not settlement.fresh
         if unknown and exchange in self._holds:
             lines = self._holds[exchange].lines
             all_moved = tuple(Moved(line, line.amount if line.spent else 0) for line in lines)
@@ -303,7 +321,7 @@ class ReferenceStore:
             return Settled.AGAIN
         if too_late and not settlement.fresh:
             return Settled.TOO_LATE
-        kind = EntryKind.SETTLE if settlement.fresh else EntryKind.ORPHAN
+        kind = kind if settlement.fresh else EntryKind.ORPHAN
         for line in actuals:
             balance = self._balances.setdefault(line.balance, Balance(line.kind))
             balance.roll_to(line.window_start, None)
@@ -409,8 +427,34 @@ class ReferenceStore:
     def read_journal(self, after: str, count: int) -> Sequence[JournalEntry | Unreadable]:
         return tuple(entry for entry in self._journal if entry.position > after)[:count]
 
-    def trim_journal(self, upto: str) -> None:
-        self._journal = [entry for entry in self._journal if entry.position > upto]
+    def take_journal(
+        self, consumer: str, count: int, idle_ms: int = LEFT_ALONE_MS
+    ) -> Sequence[JournalEntry | Unreadable]:
+        now = self.clock()
+        mine, left_alone, new = [], [], []
+        for entry in self._journal:
+            holder, since = self._in_hand.get(entry.position, (None, 0))
+            if holder is None:
+                new.append(entry)
+            elif holder == consumer:
+                mine.append(entry)
+            elif since <= now - idle_ms:
+                left_alone.append(entry)
+        taken = (mine or left_alone or new)[:count]
+        self._in_hand |= {entry.position: (consumer, now) for entry in taken}
+        return tuple(taken)
+
+    def drop_journal(self, positions: Sequence[str]) -> None:
+        gone = set(positions)
+        self._journal = [entry for entry in self._journal if entry.position not in gone]
+        for position in gone:
+            self._in_hand.pop(position, None)
+
+    def attend(self, for_ms: int) -> None:
+        self._attended_until = self.clock() + for_ms
+
+    def attended(self) -> bool:
+        return self.clock() < self._attended_until
 
     def journal_length(self) -> int:
         return len(self._journal)

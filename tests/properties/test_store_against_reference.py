@@ -37,6 +37,7 @@ from llm_guard_mw.stores.protocol import (
     Granted,
     HoldState,
     Moved,
+    Replay,
     Reserve,
     Settled,
     Settlement,
@@ -273,6 +274,29 @@ class TwoLives(RuleBasedStateMachine):
         if outcome is not Settled.TOO_LATE:
             self.known[exchange] = Known(tuple(each.line for each in moved), end)
 
+    @rule(
+        data=st.data(),
+        source=st.sampled_from("st"),
+        position=st.integers(1, 12),
+        kind=st.sampled_from([EntryKind.SETTLE, EntryKind.SETTLE, EntryKind.RELEASE]),
+    )
+    def replay_a_spool(self, data: st.DataObject, source: str, position: int, kind: EntryKind) -> None:
+        kept = data.draw(st.sampled_from(MONEY))
+        start = _windows(kept, self.clock.now)[0].start if kept.kind is Kind.CALENDAR else 0
+        line = Line(kept.name, kept.kind, kept.unit, start, 0, kept.unit is Unit.REQUESTS)
+        exchange = f"{source}/{position}"
+        payload = encode_event(event_of(exchange, cost_nanos=1))
+        replay = Replay(source, position)
+        moved = (Moved(line, data.draw(st.integers(0, 30))),)
+
+        self.both(
+            lambda store: store.settle(
+                Settlement(exchange, source, kind, self.clock.now, moved, payload, fresh=True, replay=replay)
+            )
+        )
+
+        self.both(lambda store: store.replayed(source))
+
     # -- leases and calls
 
     @rule(data=st.data(), calls=st.lists(st.sampled_from(CALLS), unique=True))
@@ -295,7 +319,7 @@ class TwoLives(RuleBasedStateMachine):
         self.clock.forward(step)
         self.both(lambda store: store.expire())
 
-    @rule(data=st.data(), do=st.sampled_from(["close_call", "admit", "append", "trim"]))
+    @rule(data=st.data(), do=st.sampled_from(["close_call", "admit", "append", "drain"]))
     def keep_house(self, data: st.DataObject, do: str) -> None:
         getattr(self, f"_{do}")(data)
 
@@ -314,12 +338,18 @@ class TwoLives(RuleBasedStateMachine):
             return  # it was trimmed, so that nobody would know it again
         self.both(lambda store: store.append(entry_id, encode_event(event_of("z/1"))))
 
-    def _trim(self, data: st.DataObject) -> None:
-        count = data.draw(st.integers(1, 5))
-        for store in (self.reference, self.store):
-            page = store.read_journal("", count)
-            if page:
-                store.trim_journal(page[-1].position)
+    def _drain(self, data: st.DataObject) -> None:
+        consumer, count, commits = (
+            data.draw(st.sampled_from("ab")),
+            data.draw(st.integers(1, 5)),
+            data.draw(st.booleans()),
+        )
+        expected, actual = (store.take_journal(consumer, count, 10**12) for store in (self.reference, self.store))
+
+        assert [entry.id for entry in actual] == [entry.id for entry in expected]
+        if commits:
+            self.reference.drop_journal([entry.position for entry in expected])
+            self.store.drop_journal([entry.position for entry in actual])
 
     # -- what has to hold after each step
 

@@ -190,6 +190,18 @@ def test_a_field_of_a_newer_version_is_passed_over() -> None:
     assert read_event(EntryKind.SETTLE, AT, payload, offer=None, cap=None) == EVENT
 
 
+def test_an_entry_of_a_version_that_wrote_every_field_is_read_as_well() -> None:
+    said = {name: getattr(EVENT, name) for name in UsageEvent.__struct_fields__}
+    payload = msgspec.json.encode({"event": said, "held_nanos": None, "held_credits": 9})
+
+    assert read_event(EntryKind.SETTLE, AT, payload, offer=None, cap=None) == EVENT
+
+
+def test_what_nobody_knew_takes_no_room_in_the_journal() -> None:
+    assert b"null" not in encode_event(EVENT)
+    assert b"null" not in encode_draft(EVENT, [FULL])
+
+
 def test_a_field_that_an_older_version_did_not_write_has_its_default() -> None:
     payload = b'{"event":{"call_id":"c","attempt":1,"kind":"settle","at":5}}'
 

@@ -42,7 +42,12 @@ def through_a_day(store: RedisStore) -> None:
     assert store.peek(["pot"])
     assert len(store.holds("", 10)) == 1
     entries = store.read_journal("", 10)
-    store.trim_journal(entries[-1].position)
+    store.take_journal("a", 10)
+    store.take_journal("b", 10, idle_ms=0)
+    store.drop_journal([entry.position for entry in entries])
+    store.attend(1000)
+    store.attended()
+    store.attend(0)
     assert store.epoch()
     store.forget()
     assert store.now()

@@ -12,6 +12,7 @@ import pytest
 
 from llm_guard_mw.errors import ConfigError, StoreUnavailable
 from llm_guard_mw.model import EntryKind, UsageEvent
+from llm_guard_mw.stores import sqlite_steps as steps
 from llm_guard_mw.stores.journal import encode_event
 from llm_guard_mw.stores.protocol import Granted, Refused
 from llm_guard_mw.stores.sqlite import AsyncSQLiteStore, SQLiteStore
@@ -118,3 +119,21 @@ def test_a_file_of_a_newer_version_is_left_alone(path: str) -> None:
 
     with pytest.raises(ConfigError, match="has schema 99"):
         SQLiteStore(path).now()
+
+
+def test_a_file_of_the_first_version_gets_what_it_lacks_and_keeps_its_journal(path: str) -> None:
+    with sqlite3.connect(path) as db:
+        for statement in steps.SCHEMAS[0].split(";\n"):
+            db.execute(statement)
+        db.execute("INSERT INTO meta VALUES ('epoch', 'that of old')")
+        db.execute("PRAGMA user_version = 1")
+        db.execute(
+            "INSERT INTO journal (id, kind, at, lines, payload) VALUES ('x', 'refused', 1, ?, ?)", (b"[]", b"{}")
+        )
+    db.close()
+    store = SQLiteStore(path)
+
+    assert [entry.id for entry in store.take_journal("a", 10)] == ["x"]
+
+    assert store.epoch() == "that of old"
+    store.close()

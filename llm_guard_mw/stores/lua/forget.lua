@@ -11,7 +11,7 @@ for k = 2, #KEYS do
   local left = 0
   for n = 1, #kept, 2 do
     if kept[n] ~= 'ttl' then
-      local balance = cmsgpack.unpack(kept[n + 1])
+      local balance = balance_of(kept[n + 1])
       if dropped < most and balance[UNTIL] <= now and balance[HELD] == 0 then
         redis.call('HDEL', KEYS[k], kept[n])
         dropped = dropped + 1

@@ -1,249 +1,232 @@
 -- Grant the first offer that all its balances can bear, or none. Idempotent by exchange.
 --
--- KEYS  1 exchange   2 exchange that is taken over (1 again if none)   3 due index   4 journal
---       5 subjects index   6 places index   7 places of the call
+-- KEYS  1 exchange   2 exchange that is taken over (1 again if none)   3 places of the call   4 due index
+--       5 journal   6 subjects index   7 places index
 --       8.. the subjects' hashes, and a sorted set of members for each concurrency balance
--- ARGV  1 now, ms ('' = Redis' clock)
---       2 msgpack {exchange, call, lease (ms), not after (ms, -1 = any time), force (bool),
---                  exchange that is taken over ('' = none), entries that may wait in the journal,
---                  balances (a count; key index, field, name, kind of each),
---                  offers (a count; cap, at least (output tokens), demands of each)}
---         demands  a count; for each: balance, unit, ceiling, fixed, per output (units), spent (bool), and
+-- ARGV  1 the layout, msgpack: subjects (see read_subjects), offers (a count; demands of each)
+--         demands  a count; of each: balance (its number; of concurrency: minus the index of its members in KEYS),
+--                  kind, spent at reserve (bool), name (of concurrency; else 0)
+--       2 names of the balances, by number, msgpack; '' if nothing is taken over
+--       3 now, ms ('' = Redis' clock)
+--       4 the wish, msgpack: exchange, call, lease (ms), not after (ms, -1 = any time), force (bool),
+--         exchange that is taken over ('' = none), entries that may wait in the journal; for each offer: cap,
+--         at least (output tokens); for each of its demands: ceiling, fixed, per output (units), and
 --                  bucket: rate (units), period (ticks), tick (ms), 0     calendar: start, end, start, end (ms)
---       3 draft of the event, bytes
--- Reply msgpack, first a word:
---       granted  {word, at, offer (from 0), cap, lease end, took (bool), short, lines taken over, standings}
---       again    {word, at, offer, cap, lease end, took, {}, all lines, standings}
+--       5 which lines these are, msgpack array: of each offer {balance's name, kind, unit, spent of each demand}
+--       6 draft of the event, bytes
+-- Reply msgpack array, first a word:
+--       granted  {word, at, offer (from 0), cap, lease end, took (bool), short, lines taken over, standings ...}
+--       again    {word, at, offer, cap, lease end, took, false, all lines, standings ...}
 --       refused  {word, at, anything due (bool), {standings of each offer}, {short of each offer}}
 --       late, apart, full  {word, at}
---       keys     {word, at, names}   lines to be taken over whose balances are not in KEYS: ask again with them
---       standings {spent, held, rem, window start, ...} in the order of the demands; short: demands from 0
-local EXCHANGE, CALL, LEASE, NOT_AFTER, FORCE, TAKES, ROOM = 1, 2, 3, 4, 5, 6, 7
-local CAP, AT_LEAST, DEMANDS = 1, 2, 3
-local PLACE, UNIT, CEILING, FIXED, PER_OUTPUT, AT_ONCE, MORE, WIDTH = 1, 2, 3, 4, 5, 6, 7, 10
+--       keys     {word, at, names}   lines to be taken over whose balances are not in the layout: ask with them
+--       standings  spent, held, rem, window start; and so on in the order of the demands
+--       short      demands that stood in the way, from 0; this and `lines` are false where there are none
+local CALL, LEASE, NOT_AFTER, FORCE, TAKES, ROOM, OFFERS = 2, 3, 4, 5, 6, 7, 8
+local CAP, AT_LEAST, DEMANDS, WIDTH = 0, 1, 2, 7 -- an offer in the wish, and each of its demands ...
+local CEILING, FIXED, PER_OUTPUT, MORE = 0, 1, 2, 3
+local PLACE, SORT, AT_ONCE, NAME, LAID = 1, 2, 3, 4, 4 -- ... and a demand in the layout, behind their count
+local INSIDE = 6 -- of what stands for a concurrency balance: whether the call has a place in it
 
-local now = time_of(ARGV[1])
-local wish = cmsgpack.unpack(ARGV[2])
-message, at = wish, 8
+local now = time_of(ARGV[3])
+local wish = {cmsgpack.unpack(ARGV[4])}
 
-local function reply(...)
-  return cmsgpack.pack({...})
-end
-
-if wish[NOT_AFTER] >= 0 and now > wish[NOT_AFTER] then return reply('late', now) end
+if wish[NOT_AFTER] >= 0 and now > wish[NOT_AFTER] then return cmsgpack.pack({'late', now}) end
 local kept = redis.call('GET', KEYS[1])
-local again = hold_of(kept)
-if kept and not again then return reply('late', now) end
-if not again and redis.call('XLEN', KEYS[4]) >= wish[ROOM] then return reply('full', now) end
+local again
+if kept then
+  again = hold_of(kept)
+  if not again then return cmsgpack.pack({'late', now}) end
+elseif redis.call('XLEN', KEYS[5]) >= wish[ROOM] then
+  return cmsgpack.pack({'full', now})
+end
 
 -- ------------------------------------------------------------ read all
 
-local balances, subjects, bytes = read_balances()
-local ready, inside, ends = {}, {}, {}
+layout = {cmsgpack.unpack(ARGV[1])}
+local first_offer = read_subjects()
 
--- Where each offer begins, and its demands: demand d is at `first_demand(o) + d * WIDTH`.
-local offers = {}
-do
-  local next_one = at + 4 * wish[at] + 1
-  local count = wish[next_one]
-  for o = 1, count do
-    offers[o] = next_one
-    next_one = next_one + DEMANDS + wish[next_one + DEMANDS] * WIDTH
-  end
-end
-
--- The positions in `wish` behind which the demands of an offer stand.
-local function demands_of(offer)
-  local first = offer + DEMANDS
-  return first, first + (wish[first] - 1) * WIDTH
-end
-
--- The balance that a demand speaks of, up to date; nil when none of its windows contains the present.
-local function as_of_now(demand)
-  local i = wish[demand + PLACE]
+-- The balance of the demand at `l` in the layout and `w` in the wish, as of now; nil when none of its windows
+-- contains the present.
+local function as_of_now(l, w)
+  local i, kind = layout[l + PLACE], layout[l + SORT]
   local balance = balances[i]
-  if ready[i] then return balance end
-  local kind = said(i, SORT)
-  local a, b, c, d = wish[demand + MORE], wish[demand + MORE + 1], wish[demand + MORE + 2], wish[demand + MORE + 3]
-  if kind == 'concurrent' then
-    local members = KEYS[said(i, KEY)]
-    redis.call('ZREMRANGEBYSCORE', members, '-inf', now)
-    balance = {'', 0, redis.call('ZCARD', members), 0, 0}
-    inside[i] = redis.call('ZSCORE', members, wish[CALL]) and true
-    balances[i] = balance
-  elseif kind == 'calendar' then
-    local start, over
-    if a <= now and now < b then
-      start, over = a, b
-    elseif c <= now and now < d then
-      start, over = c, d
+  if not balance then
+    if kind == 'concurrent' then
+      local members = KEYS[-i]
+      redis.call('ZREMRANGEBYSCORE', members, '-inf', now)
+      local inside = redis.call('ZSCORE', members, wish[CALL]) and true
+      balance = {'', 0, redis.call('ZCARD', members), 0, 0, inside}
     else
-      return nil
+      balance = new_balance(kind)
     end
-    if balance[START] < start then balance[START], balance[SPENT], balance[HELD], balance[UNTIL] = start, 0, 0, 0 end
-    if balance[START] == start then ends[i] = over end
-  elseif kind == 'bucket' then
+    balances[i] = balance
+  end
+  local a, b, c = wish[w + MORE], wish[w + MORE + 1], wish[w + MORE + 2]
+  if kind == 'bucket' then
     -- A booking may have opened it, in ms, before anybody said in which ticks it drains.
-    balance[STAMP] = divide(balance[STAMP] * balance[TICK], c)
+    if c ~= balance[TICK] then balance[STAMP] = divide(balance[STAMP] * balance[TICK], c) end
     balance[RATE], balance[PERIOD], balance[TICK] = a, b, c
     drain(balance, now)
+  elseif kind == 'calendar' then
+    if now < a or now >= b then
+      a, b = c, wish[w + MORE + 3]
+      if now < a or now >= b then return nil end
+    end
+    if balance[START] < a then balance[START], balance[SPENT], balance[HELD], balance[UNTIL] = a, 0, 0, 0 end
   end
-  ready[i] = true
   return balance
 end
 
--- False when some window of an offer's demands is not that of now.
-local function all_as_of_now(offer)
-  local first, last = demands_of(offer)
-  for demand = first, last, WIDTH do
-    if not as_of_now(demand) then return false end
-  end
-  return true
-end
-
-local taken
+-- What a taker is checked without, by the balance's number: {the balance as it was kept, window start, amount, ...}.
+local freed, moving, taken = {}, false, nil
 if wish[TAKES] ~= '' and not again then taken = hold_of(redis.call('GET', KEYS[2])) end
-
--- What a taker is checked without, by balance index: {{window start, amount}, ...}.
-local freed, moving = {}, {}
 if taken then
-  local places, unknown = {}, {}
-  for i = 1, wish[at] do places[said(i, NAME)] = i end
+  local numbers, unknown = {}, {}
+  for i, name in ipairs({cmsgpack.unpack(ARGV[2])}) do numbers[name] = i end
   for l = LINES, #taken, 6 do
-    local name = taken[l + L_NAME]
+    local i = numbers[taken[l + L_NAME]]
     if taken[l + L_SPENT] then
+      moving = moving or {}
       for n = l, l + 5 do moving[#moving + 1] = taken[n] end
-    elseif places[name] then
-      local i = places[name]
-      freed[i] = freed[i] or {}
-      table.insert(freed[i], {taken[l + L_START], taken[l + L_AMOUNT]})
+    elseif i then
+      freed[i] = freed[i] or {{unpack(balances[i] or new_balance(taken[l + L_KIND]))}}
+      table.insert(freed[i], taken[l + L_START])
+      table.insert(freed[i], taken[l + L_AMOUNT])
     else
-      unknown[#unknown + 1] = name
+      unknown[#unknown + 1] = taken[l + L_NAME]
     end
   end
-  if #unknown > 0 then return reply('keys', now, unknown) end
+  if #unknown > 0 then return cmsgpack.pack({'keys', now, unknown}) end
 end
 
-local function own(i)
-  if not freed[i] then return 0 end
-  local sum = 0
-  for _, each in ipairs(freed[i]) do
-    if each[1] == balances[i][START] then sum = sum + each[2] end
+local function own(i, balance)
+  local parts, sum = freed[i], 0
+  for n = 2, parts and #parts or 0, 2 do
+    if parts[n] == balance[START] then sum = sum + parts[n + 1] end
   end
   return sum
 end
 
-local function standings_of(offer, without)
-  local standings, n = {}, 0
-  local first, last = demands_of(offer)
-  for demand = first, last, WIDTH do
-    local i = wish[demand + PLACE]
+-- The standings of the offer at `l` in the layout, behind what `told` has.
+local function tell(told, l)
+  local n = #told
+  for d = l, l + (layout[l] - 1) * LAID, LAID do
+    local i = layout[d + PLACE]
     local balance = balances[i]
-    standings[n + 1] = balance[SPENT]
-    standings[n + 2] = balance[HELD] - (without and own(i) or 0)
-    standings[n + 3] = balance[REM]
-    standings[n + 4] = balance[START]
+    told[n + 1], told[n + 2], told[n + 3], told[n + 4] = balance[SPENT], balance[HELD], balance[REM], balance[START]
+    if taken then told[n + 2] = told[n + 2] - own(i, balance) end
     n = n + 4
   end
-  return standings
+  return told
 end
 
 if again then
-  local offer = offers[again[2] + 1]
-  if not all_as_of_now(offer) then return reply('apart', now) end
-  local lease_end = tonumber(redis.call('ZSCORE', KEYS[3], wish[EXCHANGE]))
+  local l, w = first_offer + 1, OFFERS
+  for _ = 1, again[2] do l, w = l + 1 + layout[l] * LAID, w + DEMANDS + layout[l] * WIDTH end
+  for d = 0, layout[l] - 1 do
+    if not as_of_now(l + d * LAID, w + DEMANDS + d * WIDTH) then return cmsgpack.pack({'apart', now}) end
+  end
+  local lease_end = tonumber(redis.call('ZSCORE', KEYS[4], wish[1]))
   local lines = {}
-  for l = LINES, #again do lines[#lines + 1] = again[l] end
-  return reply('again', now, again[2], again[3], lease_end, again[4], {}, lines, standings_of(offer))
+  for n = LINES, #again do lines[#lines + 1] = again[n] end
+  return cmsgpack.pack(tell({'again', now, again[2], again[3], lease_end, again[4], false, lines}, l))
 end
 
 -- ------------------------------------------------------------ check all
 
--- The largest output cap that every balance can bear, and the demands that cannot even bear the least.
-local function fit(offer, at_least)
-  local cap, short = wish[offer + CAP], {}
-  local first, last = demands_of(offer)
-  for demand = first, last, WIDTH do
-    local i = wish[demand + PLACE]
-    local balance, fixed, per_output = balances[i], wish[demand + FIXED], wish[demand + PER_OUTPUT]
-    local room = wish[demand + CEILING] - balance[SPENT] - balance[HELD] + own(i)
-    if not inside[i] and fixed + per_output * cap > room then
+-- The first offer that fits, with the largest output cap that every balance can bear. `short` are the demands that
+-- cannot even bear the least. What is forced keeps its cap, and hears what would have lowered or refused it.
+local l, w, force = first_offer + 1, OFFERS, wish[FORCE]
+local chosen, cap, count, short, all_standings, all_short
+for o = 1, layout[first_offer] do
+  cap, count, short = wish[w + CAP], layout[l], false
+  local at_least = wish[w + AT_LEAST]
+  if force then at_least = cap end
+  for d = 0, count - 1 do
+    local demand = w + DEMANDS + d * WIDTH
+    local balance = as_of_now(l + d * LAID, demand)
+    if not balance then return cmsgpack.pack({'apart', now}) end
+    local fixed, per_output = wish[demand + FIXED], wish[demand + PER_OUTPUT]
+    local room = wish[demand + CEILING] - balance[SPENT] - balance[HELD]
+    if taken then room = room + own(layout[l + d * LAID + PLACE], balance) end
+    if fixed + per_output * cap > room and not (balance[KIND] == '' and balance[INSIDE]) then
       local bearable = -1
       if per_output > 0 and room >= fixed then bearable = divide(room - fixed, per_output) end
-      if bearable < at_least then
-        short[#short + 1] = (demand - first) / WIDTH
-      else
+      if bearable >= at_least then
         cap = bearable
+      else
+        short = short or {}
+        short[#short + 1] = d
       end
     end
   end
-  return cap, short
-end
-
-local chosen, cap, short
-local all_standings, all_short = {}, {}
-for o, offer in ipairs(offers) do
-  if not all_as_of_now(offer) then return reply('apart', now) end
-  -- What is forced keeps its cap, and hears what would have lowered or refused it.
-  local bearable, lacking = fit(offer, wish[FORCE] and wish[offer + CAP] or wish[offer + AT_LEAST])
-  if #lacking == 0 or wish[FORCE] then
-    chosen, cap, short = o, wish[FORCE] and wish[offer + CAP] or bearable, lacking
+  if not short or force then
+    chosen = o - 1
     break
   end
-  all_standings[o], all_short[o] = standings_of(offer, true), lacking
+  all_standings, all_short = all_standings or {}, all_short or {}
+  all_standings[o], all_short[o] = tell({}, l), short
+  l, w = l + 1 + count * LAID, w + DEMANDS + count * WIDTH
 end
 if not chosen then
-  local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, 1)
-  return reply('refused', now, #due > 0, all_standings, all_short)
+  local due = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'LIMIT', 0, 1)
+  return cmsgpack.pack({'refused', now, #due > 0, all_standings or {}, all_short or {}})
 end
 
 -- ------------------------------------------------------------ write all
 
 local lease_end = now + wish[LEASE]
-local touched = {}
-local hold = {wish[CALL], chosen - 1, cap, taken ~= nil}
-local offer = offers[chosen]
-local first, last = demands_of(offer)
 if taken then
   local asked = {}
-  for demand = first, last, WIDTH do asked[wish[demand + PLACE]] = true end
+  for d = l, l + (count - 1) * LAID, LAID do asked[layout[d + PLACE]] = true end
   for i, parts in pairs(freed) do
-    touched[i] = true
     -- Another offer may have looked at it as of now; nobody asked to roll it on.
-    if not asked[i] then balances[i] = balance_of(bytes[i], said(i, SORT)) end
-    for _, part in ipairs(parts) do
-      if balances[i][START] == part[1] then balances[i][HELD] = balances[i][HELD] - part[2] end
-    end
+    if not asked[i] then balances[i] = parts[1] end
+    balances[i][HELD] = balances[i][HELD] - own(i, balances[i])
+    touch(balances[i])
   end
-  for _, value in ipairs(moving) do hold[#hold + 1] = value end
-  redis.call('ZREM', KEYS[3], wish[TAKES])
+  redis.call('ZREM', KEYS[4], wish[TAKES])
   bury(KEYS[2], 'taken', now, TOMBSTONE_MS)
 end
-for demand = first, last, WIDTH do
-  local i = wish[demand + PLACE]
-  local balance, kind, name = balances[i], said(i, SORT), said(i, NAME)
+local kept_until = lease_end + DAY -- a hold has to find its balances when it ends, whatever else they say by then
+for d = 0, count - 1 do
+  local demand, laid = w + DEMANDS + d * WIDTH, l + d * LAID
+  local i, kind = layout[laid + PLACE], layout[laid + SORT]
+  local balance = balances[i]
   if kind == 'concurrent' then
-    redis.call('ZADD', KEYS[said(i, KEY)], lease_end, wish[CALL])
-    redis.call('ZADD', KEYS[6], 'LT', lease_end, name)
-    redis.call('SADD', KEYS[7], name)
-    if not inside[i] then balance[SPENT] = balance[SPENT] + 1 end
-    if redis.call('PTTL', KEYS[7]) < wish[LEASE] + DAY then redis.call('PEXPIRE', KEYS[7], wish[LEASE] + DAY) end
+    local name, places = layout[laid + NAME], KEYS[3]
+    redis.call('ZADD', KEYS[-i], lease_end, wish[CALL])
+    redis.call('ZADD', KEYS[7], 'LT', lease_end, name)
+    redis.call('SADD', places, name)
+    if not balance[INSIDE] then balance[SPENT] = balance[SPENT] + 1 end
+    if redis.call('PTTL', places) < wish[LEASE] + DAY then redis.call('PEXPIRE', places, wish[LEASE] + DAY) end
   else
-    local amount, at_once = wish[demand + FIXED] + wish[demand + PER_OUTPUT] * cap, wish[demand + AT_ONCE]
-    touched[i] = true
-    if at_once then
+    local amount, over = wish[demand + FIXED] + wish[demand + PER_OUTPUT] * cap, kept_until
+    if layout[laid + AT_ONCE] then
       balance[SPENT] = balance[SPENT] + amount
     else
       balance[HELD] = balance[HELD] + amount
     end
-    -- The hold has to find its balance when it ends, whatever else this balance has to say by then.
-    balance[UNTIL] = math.max(balance[UNTIL], lease_end + DAY)
-    if kind == 'total' then balance[UNTIL] = FOREVER end
-    if kind == 'calendar' then balance[UNTIL] = math.max(balance[UNTIL], (ends[i] or now + 32 * DAY) + DAY) end
-    add_line(hold, name, kind, wish[demand + UNIT], balance[START], amount, at_once)
+    if kind == 'total' then
+      over = FOREVER
+    elseif kind == 'calendar' then
+      local start, ends = balance[START], now + 32 * DAY
+      if start == wish[demand + MORE] then
+        ends = wish[demand + MORE + 1]
+      elseif start == wish[demand + MORE + 2] then
+        ends = wish[demand + MORE + 3]
+      end
+      if ends + DAY > over then over = ends + DAY end
+    end
+    if over > balance[UNTIL] then balance[UNTIL] = over end
+    touch(balance)
   end
 end
-write_balances(balances, subjects, touched, now, 5)
-redis.call('SET', KEYS[1], kept_hold(hold, ARGV[3]))
-redis.call('ZADD', KEYS[3], lease_end, wish[EXCHANGE])
-return reply('granted', now, chosen - 1, cap, lease_end, taken ~= nil, short, moving, standings_of(offer))
+freed, taken = {}, taken ~= nil -- what was taken over is no longer held
+write_subjects(now, KEYS[6])
+local told = cmsgpack.pack(tell({'granted', now, chosen, cap, lease_end, taken, short, moving}, l))
+local lengths = struct.pack('>I4I4I4', #told, #ARGV[4], #ARGV[5])
+redis.call('SET', KEYS[1], '#' .. lengths .. told .. ARGV[4] .. ARGV[5] .. ARGV[6])
+redis.call('ZADD', KEYS[4], lease_end, wish[1])
+return told
