@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -179,12 +179,6 @@ class Desk:
         if needed:
             log.warning("would_refuse", code="unauthenticated", reason=str(error))
         return Late("nobody is known")
-
-    def ask_now(self, call: Call) -> None:
-        """Who is calling, asked while the app's framework still knows. Nobody acts on it before the first exchange."""
-        if not call.identified and call.request is not None:
-            with suppress(IdentityError):  # whoever needs to know asks once more, and hears of it then
-                call.answered = self.identifier.settle_late(call.request)
 
     def identified(self, call: Call, principal: Principal | Late) -> None:
         """A late source has answered: from now on the call has a name."""

@@ -18,6 +18,7 @@ import sys
 from typing import Any  # whatever a signal says besides
 
 from llm_guard_mw.call import Call, current_call
+from llm_guard_mw.guard import Guard
 from llm_guard_mw.logs import log
 from llm_guard_mw.process import install
 
@@ -51,7 +52,7 @@ def _ends(app: Any, **_: Any) -> None:
     if call is None:
         return
     try:
-        install().desk.ask_now(call)
+        Guard(install().desk).ask_now(call)
     except Exception:
         log.exception("flask_not_followed")
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from typing import Any
 
 from llm_guard_mw.allowance import Allowance
@@ -71,6 +72,12 @@ class Guard(_Face):
         except IdentityError as error:
             who = self.desk.nobody(error)
         return self.desk.start(request, route, who)
+
+    def ask_now(self, call: Call) -> None:
+        """Who is calling, asked while the app's framework still knows. Nobody acts on it before the first exchange."""
+        if not call.identified and call.request is not None:
+            with suppress(IdentityError):  # whoever needs to know asks once more, and hears of it then
+                call.answered = self.desk.identifier.settle_late(call.request)
 
     def enter(self, call: Call) -> Call | Refusal:
         """Hold exchange 0 of a call. Raises StoreUnavailable."""
@@ -178,6 +185,12 @@ class AsyncGuard(_Face):
         except IdentityError as error:
             who = self.desk.nobody(error)
         return self.desk.start(request, route, who)
+
+    async def ask_now(self, call: Call) -> None:
+        """Who is calling, asked while the app's framework still knows. Nobody acts on it before the first exchange."""
+        if not call.identified and call.request is not None:
+            with suppress(IdentityError):  # whoever needs to know asks once more, and hears of it then
+                call.answered = await self.desk.identifier.asettle_late(call.request)
 
     async def enter(self, call: Call) -> Call | Refusal:
         """Hold exchange 0 of a call. Raises StoreUnavailable."""

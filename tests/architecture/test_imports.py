@@ -22,6 +22,7 @@ FLOORS = {
     "balances": 1,
     "bearer": 1,
     "degrade": 1,
+    "environ": 1,
     "estimate": 1,
     "http": 1,
     "identity": 1,
@@ -59,13 +60,14 @@ FLOORS = {
     "flask_context": 4,
     "asgi": 5,
     "capture": 5,
+    "django": 5,
     "wsgi": 5,
     "cli": 6,
     "": 7,  # the package's own table of contents
 }
 
 #: Doors know nothing of each other.
-DOORS = ("asgi", "capture", "wsgi", "gateway")
+DOORS = ("asgi", "capture", "django", "wsgi", "gateway")
 
 #: Who may import what is heavy, or somebody else's to choose.
 ONLY = {
@@ -79,6 +81,9 @@ ONLY = {
     "requests": (),
     "urllib.request": ("bearer",),
     "starlette": (),
+    "django": ("django",),
+    "asgiref": ("django",),
+    "flask": ("flask_context",),
     "fastapi": ("cli",),
     "openai": ("cli",),
     "anthropic": ("cli",),
