@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 
-from benchmarks import drain, first_byte, middleware, stores
+from benchmarks import drain, first_byte, metering, middleware, stores, wsgi
 
 if __name__ == "__main__":
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n")
-    for benchmark in (middleware, first_byte, stores, drain):
+    for benchmark in (middleware, wsgi, first_byte, stores, drain, metering):
         print(benchmark.__doc__)
         benchmark.main()
         print()

@@ -41,31 +41,31 @@ def bare() -> Starlette:
     return _app()
 
 
-def guarded() -> Starlette:
-    from llm_guard_mw import GuardMiddleware, load_config
-
-    app = _app()
-    config = load_config(
+CONFIG = {
+    "store": os.environ.get("BENCH_STORE", "sqlite:///bench.db"),
+    "ledger": "sqlite:///bench.db",
+    "identity": {"user": ["header:x-user-id"], "trusted_proxies": ["127.0.0.1"]},
+    "routes": [
         {
-            "store": os.environ.get("BENCH_STORE", "sqlite:///bench.db"),
-            "ledger": "sqlite:///bench.db",
-            "identity": {"user": ["header:x-user-id"], "trusted_proxies": ["127.0.0.1"]},
-            "routes": [
-                {
-                    "path": "/api/chat",
-                    "name": "chat",
-                    "feature": "chat",
-                    "model": "gpt-4o-mini",
-                    "limits": [
-                        "1M requests/minute per user",
-                        "4000M tokens/minute per user",
-                        "$100000/month per user",
-                    ],
-                }
+            "path": "/api/chat",
+            "name": "chat",
+            "feature": "chat",
+            "model": "gpt-4o-mini",
+            "limits": [
+                "1M requests/minute per user",
+                "4000M tokens/minute per user",
+                "$100000/month per user",
             ],
         }
-    )
-    app.add_middleware(GuardMiddleware, config=config)
+    ],
+}
+
+
+def guarded() -> Starlette:
+    from llm_guard_mw import GuardMiddleware
+
+    app = _app()
+    app.add_middleware(GuardMiddleware, config=CONFIG)
     return app
 
 

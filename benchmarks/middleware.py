@@ -60,6 +60,7 @@ class Side:
 
     app: str
     redis: bool = False
+    server: str = "uvicorn"
     package: str | None = None  # what has to be installed for it
 
     def missing(self) -> str | None:
@@ -76,7 +77,15 @@ SIDES = {
     "redis": Side("guarded", redis=True),
     "slowapi": Side("slowapi", redis=True, package="slowapi"),
     "limits": Side("limits", redis=True, package="limits"),
+    "flask": Side("bare", server="gunicorn"),
+    "flask+sqlite": Side("guarded", server="gunicorn"),
+    "flask+redis": Side("guarded", redis=True, server="gunicorn"),
+    "flask-limiter": Side("limiter", redis=True, package="flask_limiter", server="gunicorn"),
 }
+#: What each server's sides are compared with, and where their apps are.
+BARE = {"uvicorn": "bare", "gunicorn": "flask"}
+APPS = {"uvicorn": "benchmarks.apps", "gunicorn": "benchmarks.wsgi_apps"}
+ASGI = ",".join(name for name, side in SIDES.items() if side.server == "uvicorn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,7 @@ class Round:
 
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", default=",".join(SIDES), help="some of %(default)s")
+    parser.add_argument("--sides", default=ASGI, help=f"some of {', '.join(SIDES)}; by default %(default)s")
     parser.add_argument("--clients", type=_counts, default="1,16,64", help="how many at once; by default %(default)s")
     parser.add_argument("--rounds", type=_count, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="of load, each side and round")
@@ -109,7 +118,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             load.run(server.port, REQUEST, clients=8, seconds=1)
             bench.await_drained(name)
         print(
-            f"{'clients':>8} {'side':>8} {'req/s':>8} {'of bare':>8} {'CPU us':>8} {'after us':>9} {'Redis us':>9}"
+            f"{'clients':>8} {'side':>13} {'req/s':>8} {'of bare':>8} {'CPU us':>8} {'after us':>9} {'Redis us':>9}"
             f" {'p50 ms':>8} {'p99 ms':>8} {'load %':>7}"
         )
         for number in chosen.clients:
@@ -141,8 +150,10 @@ def _set_up(stack: ExitStack, names: list[str]) -> Bench:
     for name in names:
         (folder / name).mkdir()
         url = store.url if store is not None and SIDES[name].redis else f"sqlite:///{folder / name / 'bench.db'}"
-        app = f"benchmarks.apps:{SIDES[name].app}"
-        up[name] = stack.enter_context(serving(app, core=0, cwd=str(folder / name), env={"BENCH_STORE": url}))
+        app, server = f"{APPS[SIDES[name].server]}:{SIDES[name].app}", SIDES[name].server
+        up[name] = stack.enter_context(
+            serving(app, server=server, core=0, cwd=str(folder / name), env={"BENCH_STORE": url})
+        )
         if SIDES[name].app == "guarded":
             journals[name] = stack.enter_context(contextlib.closing(open_store(url)))
     return Bench(up, journals, store)
@@ -164,12 +175,12 @@ class Bench:
         for name, turns in did.items():
             latencies = sorted(latency for turn in turns for latency in turn.latencies)
             ratio = "-"
-            if "bare" in did:
-                pairs = zip(turns, did["bare"], strict=True)
+            if (bare_side := BARE[SIDES[name].server]) in did:
+                pairs = zip(turns, did[bare_side], strict=True)
                 ratio = f"{statistics.median(mine.per_second / bare.per_second for mine, bare in pairs):.2f}"
             redis_us = f"{_median(turns, 'redis'):.1f}" if SIDES[name].redis else "-"
             print(
-                f"{clients:>8} {name:>8} {_median(turns, 'per_second'):>8.0f} {ratio:>8} {_median(turns, 'cpu'):>8.0f}"
+                f"{clients:>8} {name:>13} {_median(turns, 'per_second'):>8.0f} {ratio:>8} {_median(turns, 'cpu'):>8.0f}"
                 f" {_median(turns, 'after'):>9.0f} {redis_us:>9}"
                 f" {latencies[len(latencies) // 2] * 1000:>8.2f} {latencies[len(latencies) * 99 // 100] * 1000:>8.2f}"
                 f" {_median(turns, 'load'):>7.0f}"

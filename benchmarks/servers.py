@@ -1,4 +1,4 @@
-"""Start and stop the servers under test: uvicorn with one worker, and a Redis, each pinned to a core."""
+"""Start and stop the servers under test: uvicorn or gunicorn with one worker, and a Redis, each pinned to a core."""
 
 from __future__ import annotations
 
@@ -45,32 +45,38 @@ def redis_legs() -> list[str]:
     return [leg for leg in servers.LEGS if servers.missing(leg) is None]
 
 
+#: One worker each; the app is made by a factory.
+_COMMANDS = {
+    "uvicorn": "uvicorn {app} --factory --port {port} --log-level warning --no-access-log",
+    "gunicorn": "gunicorn {app}() --bind 127.0.0.1:{port} -k gthread --threads 16 --keep-alive 30 --log-level warning"
+    " --no-control-socket",
+}
+
+
 @contextmanager
-def serving(app: str, *, core: int | None, cwd: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """A uvicorn with `app`, ended by its process id."""
+def serving(
+    app: str, *, core: int | None, cwd: str, env: dict[str, str] | None = None, server: str = "uvicorn"
+) -> Iterator[Server]:
+    """A uvicorn, or a gunicorn with threads, with `app`; ended by its process id."""
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "uvicorn",
-        app,
-        "--port",
-        str(port),
-        "--log-level",
-        "warning",
-        "--no-access-log",
-        "--factory",
-    ]
+    command = [sys.executable, "-m", *_COMMANDS[server].format(app=app, port=port).split()]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     process = subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": root, **(env or {})})
-    if core is not None:
-        pin(core, process.pid)
     try:
         _wait_until_up(port, process)
-        yield Server(port, process.pid)
+        pid = process.pid if server == "uvicorn" else _worker_of(process.pid)
+        if core is not None:
+            pin(core, pid)
+        yield Server(port, pid)
     finally:
         process.terminate()
         process.wait(20)
+
+
+def _worker_of(master: int) -> int:
+    """The process that does the work of a gunicorn."""
+    with open(f"/proc/{master}/task/{master}/children") as children:
+        return int(children.read().split()[0])
 
 
 class Server:

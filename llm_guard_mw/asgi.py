@@ -172,7 +172,9 @@ class _Passage:
         start, self.held_start = self.held_start, None
         assert start is not None  # noqa: S101 - only called while it is held
         assert self.call is not None  # noqa: S101 - no answer runs without a call
-        self.meter = meter_for(self.call, self.route, start["status"], start.get("headers", ()))
+        self.meter = meter_for(
+            self.call, self.route, start["status"], start.get("headers", ()), self.installation.desk.billed
+        )
         self.started = True
         await self.downstream({**start, "headers": [*start.get("headers", ()), *our_headers(self.call)]})
 

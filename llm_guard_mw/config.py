@@ -45,6 +45,7 @@ from llm_guard_mw.config_file import (
 )
 from llm_guard_mw.errors import ConfigError, Mistake
 from llm_guard_mw.identity import IdentityRules, JWTRules, identity_mistakes
+from llm_guard_mw.metering import API_NAMES, PROVIDER_NAMES
 from llm_guard_mw.notation import NotationError, known_timezone, nearest, nearest_timezone, parse_limit
 from llm_guard_mw.policy import CacheRule, Policy, Route, compile_path
 from llm_guard_mw.pricing import ModelPrice, PriceBook, PriceRules
@@ -54,18 +55,8 @@ DEFAULT_PATH: Final = "llm_guard.toml"
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "QUERY")
 _RUNGS: Final = ("cache", "model")
 #: The wire families that a route's own bodies may have.
-APIS: Final = (
-    "openai.chat", "openai.responses", "openai.completions", "openai.embeddings", "openai.audio", "openai.images",
-    "openai.moderations", "openai.speech", "anthropic.messages", "anthropic.complete", "gemini.generate",
-    "gemini.embed", "gemini.interactions", "bedrock.converse", "bedrock.invoke", "cohere.chat.v1", "cohere.chat.v2",
-    "cohere.embed", "cohere.generate", "cohere.rerank", "mistral.ocr", "ollama.chat", "ollama.embed",
-    "ollama.generate", "huggingface.generate", "vertex.predict", "watsonx.generation",
-)  # fmt: skip
-PROVIDERS: Final = (
-    "openai", "anthropic", "gemini", "google", "azure", "vertex", "bedrock", "mistral", "cohere", "deepseek", "groq",
-    "xai", "together", "perplexity", "openrouter", "ollama", "huggingface", "watsonx", "cerebras", "voyage",
-    "openai-compatible",
-)  # fmt: skip
+APIS: Final = (*API_NAMES, "openai.moderations")
+PROVIDERS: Final = (*PROVIDER_NAMES, "gemini", "openai-compatible")
 _STORE_SCHEMES: Final = ("sqlite", *redis_address.SCHEMES)
 _LATER_STORE_SCHEMES: Final = ("redis+cluster", "rediss+cluster")
 _LEDGER_SCHEMES: Final = ("sqlite", "postgresql", "postgresql+psycopg")

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ from llm_guard_mw.estimate import describe
 from llm_guard_mw.http import HttpRequest
 from llm_guard_mw.identity import Identifier, Late, read_tags
 from llm_guard_mw.logs import log, log_call
+from llm_guard_mw.metering import BilledResponses
 from llm_guard_mw.model import (
     Asked,
     EntryKind,
@@ -122,6 +123,9 @@ class Desk:
         self.calls: dict[str, Call] = {}
         self.outbox: deque[Closing] = deque()
         self.alone = Alone(self.spool)
+        #: What finalizers leave to be done: one may run in the middle of anything, and must do nothing itself.
+        self.left_behind: deque[Callable[[], None]] = deque()
+        self.billed = BilledResponses()
         self._admitted: OrderedDict[Stranger, None] = OrderedDict()
         self._known_terms: dict[tuple[object, ...], Terms] = {}
         self._refusals: dict[Principal, _RefusalCount] = {}
@@ -445,7 +449,7 @@ class Desk:
     def finished(
         self, exchange: Exchange, reading: Reading | None, *, status: int | None, ending: Ending
     ) -> Closing | None:
-        """What closes an exchange; None if it is closed already. An error of ours books the hold."""
+        """What closes an exchange; None if it is closed already, or by the spool. An error of ours books the hold."""
         with exchange.call.lock:
             if exchange.closed:
                 return None

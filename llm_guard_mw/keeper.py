@@ -3,7 +3,7 @@
     renew     the leases of all holds and calls this process has open, every third of the lease, in one batch
     sweep     book the holds whose owners are gone, every half lease
     drain     move journal entries into the ledger, within a second when there is room; left to a worker that lives
-    retry     settlements that the store did not take
+    retry     settlements that the store did not take, and the closing of calls whose answer was dropped unclosed
     replay    what was granted while the store was away, by this process or by one that is gone
     prune     what has had its time, in store and ledger, now and then; likewise
 
@@ -13,6 +13,7 @@ it SQLAlchemy, a second of imports) is first touched when there is something to 
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -75,6 +76,8 @@ class Keeper:
             return
         with self._starting:
             if self._thread is None:
+                if _threads_are_greenlets():
+                    self._warm_up()  # before the first reserve: it would be too late once the tables are read
                 self._thread = threading.Thread(target=self._run, name="llm-guard-keeper", daemon=True)
                 self._thread.start()
 
@@ -117,6 +120,8 @@ class Keeper:
             self.desk.prices.warm()
             load_vocabularies()
             self.desk.identifier.warm()
+            if _threads_are_greenlets():
+                from llm_guard_mw.ledger import drain  # noqa: F401 - with it SQLAlchemy, which stops everybody
         except Exception:
             log.exception("keeper_failed", duty="warm_up")
 
@@ -149,7 +154,9 @@ class Keeper:
         sweep(self.desk.store)
 
     def _retry(self) -> None:
-        outbox = self.desk.outbox
+        left_behind, outbox = self.desk.left_behind, self.desk.outbox
+        while left_behind:
+            left_behind.popleft()()
         for _ in range(len(outbox)):
             closing = outbox.popleft()
             try:
@@ -200,3 +207,9 @@ class Keeper:
     def _prune(self) -> None:
         if not self.desk.store.attended():
             prune(self.desk.store, self.ledger, self.retention_days)
+
+
+def _threads_are_greenlets() -> bool:
+    """Whether gevent has taken the place of threads: then whoever computes stops all others."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))

@@ -123,13 +123,13 @@ class Usage:
     parts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """What a meter knows once the bytes have ended.
 
     `ended` says that the protocol's own end was seen (a closed JSON body, `[DONE]`, `message_stop`), so that
     `text` is all there was. `text` is what the model wrote as far as it was kept; it is counted and dropped,
-    never logged or stored. `error` names an error inside a 2xx body, `broken` why the meter itself gave up.
+    never logged or stored. `error` names an error inside a 2xx body, `broken` why the meter itself gave up, and
+    `free` why the answer costs nothing: "counting" (it only counts tokens), "repeated" (its usage was metered before).
     """
 
     usage: Usage | None = None
@@ -139,6 +139,7 @@ class Reading:
     service_tier: str | None = None
     error: str | None = None
     broken: str | None = None
+    free: str | None = None
 
 
 class Cost(msgspec.Struct, frozen=True, gc=False):

@@ -25,7 +25,7 @@ from llm_guard_mw.http import (
     unavailable_answer,
 )
 from llm_guard_mw.logs import log
-from llm_guard_mw.metering import Meter
+from llm_guard_mw.metering import BilledResponses, Meter, count_headers
 from llm_guard_mw.model import Kind, Refusal
 from llm_guard_mw.policy import Route
 
@@ -72,7 +72,9 @@ def our_headers(call: Call) -> Headers:
     return headers + ratelimit_headers(_quotas(call))
 
 
-def meter_for(call: Call, route: Route, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Meter | None:
+def meter_for(
+    call: Call, route: Route, status: int, headers: Iterable[tuple[bytes, bytes]], billed: BilledResponses
+) -> Meter | None:
     """A meter on the route's own answer; what captures and `record` say comes before what it reads."""
     if call.captures or route.usage == "captured":
         return None
@@ -82,6 +84,8 @@ def meter_for(call: Call, route: Route, status: int, headers: Iterable[tuple[byt
         content_type=_text(named.get(b"content-type")),
         content_encoding=_text(named.get(b"content-encoding")),
         status=status,
+        headers=count_headers(route.api, named.items()),
+        billed=billed,
     )
 
 

@@ -129,6 +129,8 @@ def _verdict(
 ) -> _Verdict:
     usage = reading.usage if reading is not None else None
     complete = ending == "complete"
+    if reading is not None and reading.free and complete:  # only counted, or a fetch of what was metered before
+        return _Verdict(Basis.EXACT, None, Cost(0, exchange.rates.price_version))
     if usage is not None and usage.exact:  # the running counts of a stream that broke off are not
         return _Verdict(Basis.EXACT, usage, _cost(exchange, prices, usage, reading))
     if usage is None and complete and status is not None and status >= 400:

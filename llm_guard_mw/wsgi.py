@@ -7,7 +7,8 @@ Rule 1. The app's answer is drawn up to its first body bytes before our callable
         until then: so a refusal inside a lazy stream can still be a 429, and a server that wants to know the status
         when the callable returns (granian) hears the right one.
 Rule 2. A call closes at `close()`, behind the app's own: also where nobody iterated, where iterating raised, and where
-        the client has gone. An app that raises before it returns closes its call by that.
+        the client has gone. An app that raises before it returns closes its call by that; a server that drops the
+        answer and forgets to close it does so too, a moment later.
 Rule 3. The app, every `next()` and `close()` run in the Context of the call: a server may iterate in another thread.
 Rule 4. An error of ours before the grant follows `on_store_failure`; after it, it is logged and nothing else.
 """
@@ -100,12 +101,13 @@ class _Passage:
         if answer is not None:
             return self._send_answer(answer)
         environ["wsgi.input"] = body.stream
-        take_out(environ, identifier.headers_to_strip(request))
+        unbelieved = identifier.headers_to_strip(request)
+        take_out(environ, unbelieved)
         call = self.call
         if call is None:
             return self.door.app(environ, self.downstream)
-        # The environ is shared, not copied: late identity reads what the app writes into it.
-        call.request = _http_request(environ, identifier, request.body, complete=request.body_complete)
+        if unbelieved:  # late identity must not believe them either
+            call.request = _http_request(environ, identifier, request.body, complete=request.body_complete)
         self.context.run(enter, call)
         try:
             self._begin(call)
@@ -191,18 +193,19 @@ class _Passage:
         if self.held_start is None:
             return
         (status, headers), self.held_start = self.held_start, None
-        self.started = True
         self._start_downstream(status, headers)
+        self.started = True
 
     def _start_downstream(self, status: str, headers: TextHeaders, exc_info: Any = None) -> Write:
         assert self.call is not None  # noqa: S101 - no answer runs without a call
-        self.status = _code(status)
-        lowered = _lowered(headers)
-        self.meter = meter_for(self.call, self.route, self.status, lowered)
-        self.left = self._promised(dict(lowered))
         whole = [*headers, *_text_headers(our_headers(self.call))]
         # Without exc_info where there is none: old servers know two arguments.
         self.server_write = self.downstream(status, whole, *((exc_info,) if exc_info is not None else ()))
+        # Only now: a server whose head has left raises instead of taking another one.
+        lowered = _lowered(headers)
+        self.status = _code(status)
+        self.meter = meter_for(self.call, self.route, self.status, lowered, self.door.installation.desk.billed)
+        self.left = self._promised(dict(lowered))
         return self._write
 
     def _replace(self, answer: Answer) -> None:
@@ -254,6 +257,12 @@ class _Passage:
                 self.context.run(close)
         finally:
             self._close_call()
+
+    def __del__(self) -> None:
+        """Dropped without `close()`, as by test clients: until then the call counts as running."""
+        if self.call is not None and not self.closed:
+            self.closed = True
+            self.door.installation.desk.left_behind.append(self._close_call)
 
     def _close_call(self) -> None:
         assert self.call is not None  # noqa: S101 - nobody else is given to a server

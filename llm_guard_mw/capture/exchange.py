@@ -38,7 +38,7 @@ from llm_guard_mw.http import (
     with_body_length,
 )
 from llm_guard_mw.logs import log
-from llm_guard_mw.metering import Meter, identify_api
+from llm_guard_mw.metering import Meter, count_headers, identify_api
 from llm_guard_mw.model import Asked, Reading, Refusal
 from llm_guard_mw.process import AsyncGuard, Guard
 from llm_guard_mw.settlement import Ending
@@ -191,8 +191,9 @@ class Tap:
                 content_type=kind,
                 content_encoding=encoding,
                 status=status,
-                headers={name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers},
+                headers=count_headers(exchange.api, headers),
                 request_model=exchange.model or exchange.asked.model,
+                billed=self._desk.billed,
             )
         except Exception:
             log.exception("metering_failed", call_id=exchange.call.id, attempt=exchange.number)

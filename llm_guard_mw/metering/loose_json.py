@@ -15,19 +15,32 @@ import msgspec
 Doc = dict[str, Any]
 
 _stdlib = json.JSONDecoder()
-_fast = msgspec.json.Decoder()
+_decode = msgspec.json.Decoder().decode
 
-_USAGE_MEMBER = re.compile(r'"(?:usage|usageMetadata|usage_metadata)"\s*:\s*\{')
+_USAGE_MEMBER = re.compile(r'"(?:usage|usageMetadata|usage_metadata|usage_info|meta)"\s*:\s*\{')
+#: Where the last members of a document may begin: with its usage, or with the first of several counts.
+_LAST_MEMBERS = re.compile(
+    r'"(?:(?:usage|usageMetadata|usage_metadata|usage_info|meta)"\s*:\s*\{'
+    r'|(?:total_duration|inputTextTokenCount|num_tokens_prompt_total|input_token_count)"\s*:)'
+)
 _CLOSERS = re.compile(r"[\s}\]]*\Z")
 _BETWEEN_VALUES = re.compile(r"[\s,\x1e]*")
 _MEMBERS_TRIED = 16
 _DOCS_MAX = 8192
 
 
+def parse_strictly(data: bytes) -> Any:
+    """The value; None if the bytes are not one value of proper JSON."""
+    try:
+        return _decode(data)
+    except (ValueError, RecursionError):
+        return None
+
+
 def parse(data: bytes) -> Any:
     """The value, or None. NaN, lone surrogates and bytes that are no UTF-8 are let through: servers send them."""
     try:
-        return _fast.decode(data)
+        return _decode(data)
     except (ValueError, RecursionError):
         pass
     try:
@@ -67,7 +80,7 @@ def read_end(tail: bytes) -> Doc | None:
     may follow, so a `usage` deep inside of what a model wrote, with more of the document behind it, is not taken.
     """
     text = tail.decode("utf-8", "replace")
-    for match in list(_USAGE_MEMBER.finditer(text))[-_MEMBERS_TRIED:]:
+    for match in list(_LAST_MEMBERS.finditer(text))[-_MEMBERS_TRIED:]:
         try:
             doc, end = _stdlib.raw_decode("{" + text[match.start() :])
         except (ValueError, RecursionError):

@@ -445,9 +445,12 @@ class _Engine:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             loop = None
-        link = self._ready(loop) if loop is not None else None
-        if link is not None and self.breaker.error is None:
-            self._say(link, talk, None, done)
+        own = self.loops.get(id(loop)) if loop is not None else None
+        if loop is not None and own is not None and own.loop is loop and own.link is not None:
+            if own.link.lost is None and self.breaker.error is None:
+                self._say(own.link, talk, None, done)
+            else:
+                self._say_in_a_task(loop, talk, (), done)
             return
         self.queue.put(_Work(talk, done))
         if self.thread is None:
@@ -472,13 +475,18 @@ class _Engine:
                 talk.close()
                 _tell(done, StoreUnavailable(f"store {self.address.name}: the event loop ended first"))
             elif error is not None or flawed(answer.result()):
-                task = link.loop.create_task(self._apost(talk, commands, done))
-                self.posted.add(task)
-                task.add_done_callback(self.posted.discard)
+                self._say_in_a_task(link.loop, talk, commands, done)
             else:
                 self._say(link, talk, answer.result(), done)
 
         link.send(commands).add_done_callback(go_on)
+
+    def _say_in_a_task(
+        self, loop: asyncio.AbstractEventLoop, talk: Talk[Any], commands: Sequence[Command], done: Done
+    ) -> None:
+        task = loop.create_task(self._apost(talk, commands, done))
+        self.posted.add(task)
+        task.add_done_callback(self.posted.discard)
 
     async def _apost(self, talk: Talk[Any], commands: Sequence[Command], done: Done) -> None:
         try:

@@ -273,10 +273,8 @@ class Steps:
         """The same words and a mark behind them. They are said once in a while, so nothing of them is remembered."""
         keys, layout = self._settled_places(lines)
         numbers, of_lines = _flat(said), _encode(_said_of(lines))
-        return (
-            *("EVALSHA", SETTLE.sha, len(keys) + 2, exchange, *keys, self.keys.replayed),
-            *(layout, self._now(), numbers, of_lines, payload, replay.source, replay.position),
-        )
+        said_of_it: Command = layout, self._now(), numbers, of_lines, payload, replay.source, replay.position
+        return ("EVALSHA", SETTLE.sha, len(keys) + 2, exchange, *keys, self.keys.replayed, *said_of_it)
 
     def append(self, entry_id: str, payload: bytes) -> Talk[None]:
         refusal = self.keys.refusal(entry_id).encode()
@@ -466,7 +464,7 @@ class Steps:
     def drop_journal(self, positions: Sequence[str]) -> Talk[None]:
         for start in range(0, len(positions), _DROPPED_AT_ONCE):
             ids = [_stream_id(position) for position in positions[start : start + _DROPPED_AT_ONCE]]
-            yield [_Message(self.keys, self.keys.journal).script(DROP, _GROUP, *ids)]
+            yield [_Message(self.keys.journal).script(DROP, _GROUP, *ids)]
 
     def read_journal(self, after: str, count: int) -> Talk[Entries]:
         low = f"({_stream_id(after)}" if after else "-"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import socket
 import urllib.parse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -119,4 +121,31 @@ def test_many_calls_at_once_are_all_answered(started: Callable[..., Served], pro
 
     assert {reply.status_code for reply in replies} == {200}
     assert len([row for row in settled(served) if row["kind"] == "settle"]) == 96
+    assert served.spent("tenant=acme") == worth(provider)
+
+
+@pytest.mark.parametrize(
+    ("server", "more"),
+    [
+        ("gunicorn-sync", ()),
+        ("gunicorn-gthread", ()),
+        ("gunicorn-gevent", ("-c", "python:tests.acceptance.gunicorn_gevent")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_app_loaded_before_the_fork_starts_nothing_there_and_works_behind_it(
+    server: str, more: tuple[str, ...], serve: Serve, provider: StandIn
+) -> None:
+    served = serve(2, "--preload", *more, server=server, limits='["$1/day per tenant"]')
+    master = served.process.pid
+    threads = len(os.listdir(f"/proc/{master}/task"))
+    descriptors = [os.readlink(entry) for entry in Path(f"/proc/{master}/fd").iterdir()]
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda n: post(served, "/api/stream" if n % 2 else "/api/chat"), range(32)))
+
+    assert threads == 1
+    assert not [path for path in descriptors if "guard.db" in path]
+    assert {reply.status_code for reply in replies} == {200}
+    assert len([row for row in settled(served) if row["kind"] == "settle"]) == 32
     assert served.spent("tenant=acme") == worth(provider)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from llm_guard_mw import process
 from llm_guard_mw.cli.demo.standin import StandIn, running
+from llm_guard_mw.stores import sqlite
 from tests.doors.harness import API_KEY, CANARY, DOORS, Door
 
 
@@ -90,3 +92,21 @@ def door(
         for each in opened:
             each.close()
         process.uninstall()
+
+
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], sqlite3.Connection]]:
+    """Lock the store's file until a ROLLBACK, and let nobody wait for it for long."""
+    monkeypatch.setattr(sqlite, "LOCK_WAIT_SECONDS", 0.05)
+    opened: list[sqlite3.Connection] = []
+
+    def lock() -> sqlite3.Connection:
+        process.install().desk.store.now()  # the file is there
+        other = sqlite3.connect(tmp_path / "guard.db", isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        opened.append(other)
+        return other
+
+    yield lock
+    for other in opened:
+        other.close()

@@ -111,6 +111,18 @@ class Raise:
 
 
 @dataclass(frozen=True)
+class SignIn:
+    """The app authenticates its caller itself: it believes `x-session`, and says so where `scope:user` looks."""
+
+
+@dataclass(frozen=True)
+class Do:
+    """Something that happens while the handler runs."""
+
+    what: Callable[[], object]
+
+
+@dataclass(frozen=True)
 class AtOnce:
     """Steps that run side by side."""
 
@@ -364,7 +376,7 @@ class AsgiDoor(Door):
     async def _serve(self, request: Request) -> Response:
         seen: dict[str, Any] = {"headers": dict(request.headers), "body": await request.body()}
         self.seen.append(seen)
-        work = _Work(self)
+        work = _Work(self, request)
         call = current_call()
         seen["call"] = None if call is None else call.id
         for step in self.handlers[request.scope["route"].path]:
@@ -378,8 +390,9 @@ _METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS"]
 class _Work:
     """Performs one handler's steps on an event loop."""
 
-    def __init__(self, door: AsgiDoor) -> None:
+    def __init__(self, door: AsgiDoor, request: Request) -> None:
         self.door = door
+        self.request = request
         self.said: list[Any] = []
         self.response: Response | None = None
         self.later: Later | None = None
@@ -409,6 +422,9 @@ class _Work:
                     if not step.catch:
                         raise
                     self.said.append(error.status_code)
+            case SignIn():
+                if "x-session" in self.request.headers:
+                    self.request.scope["user"] = self.request.headers["x-session"]
             case AtOnce():
                 await asyncio.gather(*[self.perform(inner) for inner in step.steps])
             case InThread() if step.bare:
@@ -505,6 +521,8 @@ def perform_sync(door: Door, step: Any) -> Any:
                 return error.status_code
         case Meet():
             door.met.set()
+        case Do():
+            step.what()
         case Raise():
             raise RuntimeError(step.message)
         case Record() if call is not None:
@@ -668,6 +686,9 @@ class _SyncWork:
                     if not step.catch:
                         raise
                     self.said.append(error.status_code)
+            case SignIn():
+                if "x-session" in flask.request.headers:
+                    flask.request.environ["user"] = flask.request.headers["x-session"]
             case AtOnce():
                 contexts = [contextvars.copy_context() for _ in step.steps]
                 with concurrent.futures.ThreadPoolExecutor(len(contexts)) as pool:

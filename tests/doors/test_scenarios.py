@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
@@ -19,6 +20,7 @@ from tests.doors.harness import (
     AtOnce,
     Background,
     Charge,
+    Do,
     Door,
     Embed,
     InThread,
@@ -30,6 +32,7 @@ from tests.doors.harness import (
     Record,
     Say,
     Sent,
+    SignIn,
     Tag,
     Wait,
     Words,
@@ -188,6 +191,31 @@ def test_an_answer_in_a_providers_shape_is_metered_without_capture(door: Open, b
     assert (event["input_tokens"], event["output_tokens"]) == (12, 34)
     assert event["cost_nanos"] == 12 * 150 + 34 * 600 == opened.spent()
     assert reply.status == 200
+
+
+RESPONSE_BODY = {
+    "id": "resp_1",
+    "object": "response",
+    "status": "completed",
+    "model": "gpt-4o-mini",
+    "output": [{"type": "message", "content": [{"type": "output_text", "text": "Hi"}]}],
+    "usage": {"input_tokens": 12, "output_tokens": 34, "total_tokens": 46},
+}
+
+
+@pytest.mark.parametrize(
+    ("api", "body"),
+    [("openai.responses.retrieve", RESPONSE_BODY), ("openai.count_tokens", {"input_tokens": 12})],
+)
+def test_an_answer_that_is_only_fetched_or_only_counts_costs_nothing(door: Open, api: str, body: Any) -> None:
+    route = {"limits": [RICH], "api": api, "model": "gpt-4o-mini", "max_output_tokens": 50}
+    opened = door({"/api/chat": [Say(body=body)]}, route=route)
+
+    opened.request(json=CHAT_REQUEST)
+
+    [event] = opened.events()
+    assert (event["basis"], event["exact"], event["cost_nanos"], event["input_tokens"]) == ("exact", True, 0, None)
+    assert opened.spent() == 0
 
 
 # ---------------------------------------------------------------- refused at the door
@@ -477,7 +505,7 @@ def test_a_request_without_any_cap_gets_the_models_own_maximum_lowered_by_the_bu
 
 
 def test_each_attempt_of_a_retrying_sdk_is_an_exchange_of_its_own(door: Open) -> None:
-    once = f"status=500, times=1, id={uuid4().hex}"
+    once = f"status=500, times=1, id={uuid4().hex}"  # the stand-in remembers it for the other doors
     opened = door({"/api/chat": [Ask(retries=2, standin=once)]}, route={"limits": [RICH]})
 
     reply = opened.request()
@@ -788,6 +816,141 @@ def test_a_tier_has_limits_of_its_own(door: Open) -> None:
 
     assert statuses("ada", "free") == [200, 429, 429, 429]
     assert statuses("bert", "pro") == [200, 200, 200, 429]
+
+
+# ---------------------------------------------------------------- known only once the app has asked
+
+LATE = {"identity": {"user": ["scope:user"]}}
+
+
+def test_the_apps_own_auth_names_the_caller_at_the_first_exchange(door: Open) -> None:
+    opened = door({"/api/chat": [SignIn(), Ask()]}, route={"limits": [RICH]}, **LATE)
+
+    reply = opened.request(headers={"x-session": "ada"})
+
+    assert reply.status == 200
+    assert [(row["user"], row["kind"]) for row in opened.events()] == [("ada", "settle")]
+    [balance] = opened.installed.desk.store.balances("", 10)
+    assert (balance.balance.partition("|")[0], balance.spent) == ("tenant=*none&user=ada", 14_550)
+
+
+def test_whoever_is_still_nobody_at_the_first_exchange_gets_a_401(door: Open) -> None:
+    opened = door({"/api/chat": [SignIn(), Ask()]}, route={"limits": [RICH]}, **LATE)
+
+    reply = opened.request()
+
+    assert reply.status == 401
+    assert reply.error is None
+    assert reply.json()["code"] == "unauthenticated"
+    assert opened.provider.arrived == 0
+    assert [row["kind"] for row in opened.events()] == ["release"]
+
+
+def test_a_late_caller_is_held_to_the_limits_that_name_him(door: Open) -> None:
+    opened = door({"/api/chat": [SignIn(), Ask()]}, route={"limits": ["1 requests/hour per user"]}, **LATE)
+
+    replies = [opened.request(headers={"x-session": user}) for user in ("ada", "ada", "bert")]
+
+    assert [reply.status for reply in replies] == [200, 429, 200]
+
+
+def test_what_a_late_caller_records_is_his(door: Open) -> None:
+    opened = door({"/api/chat": [SignIn(), Record(NUMBERS)]}, route={"limits": [RICH]}, **LATE)
+
+    reply = opened.request(headers={"x-session": "ada"})
+
+    assert reply.status == 200
+    [event] = opened.settled()
+    assert (event["user"], event["cost_nanos"]) == ("ada", 13_500)
+    [balance] = opened.installed.desk.store.balances("", 10)
+    assert (balance.balance.partition("|")[0], balance.spent) == ("tenant=*none&user=ada", 13_500)
+
+
+# ---------------------------------------------------------------- what passes the door by
+
+
+def test_options_and_other_methods_pass(door: Open) -> None:
+    opened = door({"/api/chat": [Say(body=b"fine")]}, route={"limits": [RICH]})
+
+    replies = [opened.request(method, user=None) for method in ("PUT", "GET")]
+
+    assert [(reply.status, reply.body) for reply in replies] == [(200, b"fine")] * 2
+    assert [seen["call"] for seen in opened.seen] == [None, None]
+    assert opened.request("OPTIONS", user=None).status == 200
+    assert not any("x-llm-guard-decision" in reply.headers for reply in replies)
+
+
+def test_a_strangers_request_id_stands_in_the_books_but_names_nothing(door: Open) -> None:
+    identity = {"user": ["header:x-user-id"], "anonymous": "ip"}
+    opened = door({"/api/chat": [Say()]}, route={"limits": [RICH]}, identity=identity)
+
+    first, second = [opened.request(peer=STRANGER, headers={"x-request-id": "same"}) for _ in range(2)]
+
+    assert first.call_id != second.call_id
+    rows = opened.events()
+    assert [row["request_id"] for row in rows] == ["same", "same"]
+    assert {row["user"] for row in rows} == {"ip:203.0.113.9"}
+
+
+# ---------------------------------------------------------------- when our own side fails
+
+Lock = Callable[[], sqlite3.Connection]
+
+
+@pytest.mark.parametrize(
+    ("rule", "status"), [({}, 503), ({"on_store_failure": "allow"}, 200), ({"mode": "observe"}, 200)]
+)
+def test_a_store_that_is_away_follows_the_rule(rule: dict[str, Any], status: int, door: Open, locked: Lock) -> None:
+    opened = door({"/api/chat": [Ask()]}, route={"limits": [RICH, "$1/day per tag:team"]}, **rule)
+    lock = locked()
+
+    reply = opened.request(headers={"x-metering-tags": '{"team":"search"}'})
+    lock.execute("ROLLBACK")
+
+    assert reply.status == status
+    assert reply.headers.get("retry-after") == ("1" if status == 503 else None)
+
+
+def test_a_store_that_goes_away_in_mid_call_is_a_503_and_not_the_apps_fault(door: Open, locked: Lock) -> None:
+    locks: list[sqlite3.Connection] = []
+    opened = door({"/api/chat": [Do(lambda: locks.append(locked())), Ask()]}, route={"limits": [RICH]})
+
+    reply = opened.request()
+    locks[0].execute("ROLLBACK")
+
+    assert reply.status == 503
+    assert reply.headers["retry-after"] == "1"
+    assert opened.provider.arrived == 0
+    # The settlements that could not be written are tried again by the keeper.
+    opened.quiet()
+
+
+@pytest.mark.parametrize(("rule", "status"), [("deny", 503), ("allow", 200)])
+def test_a_fault_of_ours_before_the_grant_follows_the_same_rule(
+    rule: str, status: int, door: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = door({"/api/chat": [Say(body=b"fine")]}, route={"limits": [RICH]}, on_store_failure=rule)
+    monkeypatch.setattr("llm_guard_mw.desk.describe", _broken)
+
+    reply = opened.request()
+
+    assert reply.status == status
+    assert "door_failed" in caplog.text
+    assert opened.installed.desk.calls == {}
+
+
+def test_a_fault_of_ours_after_the_grant_costs_the_caller_nothing(door: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = door({"/api/chat": [Ask()]}, route={"limits": [RICH]})
+    monkeypatch.setattr("llm_guard_mw.settlement.close", _broken)
+
+    reply = opened.request()
+
+    assert reply.status == 200
+    assert [row["basis"] for row in opened.events()] == ["held"]
+
+
+def _broken(*arguments: Any, **named: Any) -> Any:
+    raise ZeroDivisionError
 
 
 # ---------------------------------------------------------------- prices, modes

@@ -1,6 +1,7 @@
 """The golden answers: written by us in the shapes that providers send, each with what it has to be read as.
 
-`tests/golden/metering/index.json` says of each file which api and provider it came from, and the reading that is due.
+`tests/golden/metering/index.json` says of each file which api and provider it is of, where and when its shape was
+read, and the reading that is due.
 A field that an entry leaves out has its default: a count that was not said is None.
 """
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_guard_mw.metering import Meter, read_usage
+from llm_guard_mw.metering.dialects import DIALECTS
 from llm_guard_mw.model import Reading, Usage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metering"
@@ -29,12 +31,13 @@ def body_of(name: str) -> bytes:
 def due_of(name: str) -> Reading:
     entry = INDEX[name]
     usage = None if entry["usage"] is None else Usage(**entry["usage"])
-    facts = ("text", "response_id", "service_tier", "error")
+    facts = ("text", "response_id", "service_tier", "error", "free")
     return Reading(usage=usage, ended=entry["ended"], **{fact: entry.get(fact) for fact in facts})
 
 
 def meter_of(name: str, **more: Any) -> Meter:
     entry = INDEX[name]
+    more.setdefault("headers", entry.get("headers"))
     return Meter(entry["api"], provider=entry["provider"], content_type=entry["content_type"], **more)
 
 
@@ -42,6 +45,13 @@ def read(meter: Meter, *chunks: bytes) -> Reading:
     for chunk in chunks:
         meter.feed(chunk)
     return meter.finish()
+
+
+def test_every_wire_format_has_a_golden_answer_with_its_source() -> None:
+    read = {DIALECTS[entry["api"]] for entry in INDEX.values()}
+
+    assert read == set(DIALECTS.values())
+    assert all(entry["source"].startswith("https://") and entry["written"] for entry in INDEX.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,7 +63,13 @@ def test_an_answer_reads_as_due(name: str) -> None:
 def test_a_recorded_answer_gives_the_same_usage(name: str) -> None:
     entry = INDEX[name]
 
-    usage = read_usage(entry["api"], body_of(name), content_type=entry["content_type"], provider=entry["provider"])
+    usage = read_usage(
+        entry["api"],
+        body_of(name),
+        content_type=entry["content_type"],
+        provider=entry["provider"],
+        headers=entry.get("headers"),
+    )
 
     assert usage == due_of(name).usage
 
@@ -61,7 +77,11 @@ def test_a_recorded_answer_gives_the_same_usage(name: str) -> None:
 @pytest.mark.parametrize("api", ["auto", "some.new.api"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_api_is_recognised_by_the_body(name: str, api: str) -> None:
-    assert read_usage(api, body_of(name), provider=INDEX[name]["provider"]) == due_of(name).usage
+    entry = INDEX[name]
+
+    usage = read_usage(api, body_of(name), provider=entry["provider"], headers=entry.get("headers"))
+
+    assert usage == due_of(name).usage
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,7 +123,10 @@ def test_wherever_an_answer_is_cut_the_meter_stays_calm(name: str) -> None:
         assert reading.usage is None or reading.usage.exact or not reading.ended
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if INDEX[name]["ended"] and name.endswith(".sse")])
+STREAMS = (".sse", ".ndjson", ".frames")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if INDEX[name]["ended"] and name.endswith(STREAMS)])
 def test_a_stream_without_its_second_half_has_not_ended(name: str) -> None:
     body = body_of(name)
 

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from llm_guard_mw.metering import identify_api, outgoing
+from llm_guard_mw.metering.dialects import DIALECTS
 
 OPENAI = "api.openai.com"
 ANTHROPIC = "api.anthropic.com"
 GOOGLE = "generativelanguage.googleapis.com"
+BEDROCK = "bedrock-runtime.us-east-1.amazonaws.com"
 VERTEX = "us-central1-aiplatform.googleapis.com"
 VERTEX_ROOT = "/v1/projects/p/locations/us-central1/publishers"
 
@@ -100,6 +102,64 @@ def test_a_request_of_another_kind_is_not_taken_for_one(method: str, host: str, 
     assert identify_api(method, host, path, None) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("method", "host", "path", "api", "provider"),
+    [
+        ("POST", BEDROCK, "/model/anthropic.claude-sonnet-4-20250514-v1%3A0/converse", "bedrock.converse", "bedrock"),
+        ("POST", BEDROCK, "/model/amazon.nova-lite-v1:0/converse-stream", "bedrock.converse", "bedrock"),
+        ("POST", BEDROCK, "/model/arn:aws:bedrock:x:1:inference-profile/p/invoke", "bedrock.invoke", "bedrock"),
+        ("POST", BEDROCK, "/model/m/invoke-with-response-stream", "bedrock.invoke", "bedrock"),
+        ("POST", BEDROCK, "/model/m/count-tokens", "bedrock.count_tokens", "bedrock"),
+        ("POST", BEDROCK, "/async-invoke", "bedrock.batches", "bedrock"),
+        ("POST", BEDROCK, "/openai/v1/chat/completions", "openai.chat", "bedrock"),
+        (
+            "POST",
+            "v-1.bedrock-runtime.eu-west-1.vpce.amazonaws.com",
+            "/model/m/converse",
+            "bedrock.converse",
+            "bedrock",
+        ),
+        ("POST", "api.cohere.com", "/v1/chat", "cohere.chat.v1", "cohere"),
+        ("POST", "api.cohere.com", "/v2/chat", "cohere.chat.v2", "cohere"),
+        ("POST", "api.cohere.ai", "/v1/generate", "cohere.generate", "cohere"),
+        ("POST", "api.cohere.com", "/v2/embed", "cohere.embed", "cohere"),
+        ("POST", "api.cohere.com", "/v2/rerank", "cohere.rerank", "cohere"),
+        ("POST", "api.cohere.com", "/v1/tokenize", "cohere.tokenize", "cohere"),
+        ("POST", "api.cohere.com", "/compatibility/v1/chat/completions", "openai.chat", "cohere"),
+        ("POST", "x.models.ai.azure.com", "/v2/chat", "cohere.chat.v2", "azure"),
+        ("POST", "localhost:11434", "/api/chat", "ollama.chat", "ollama"),
+        ("POST", "localhost:11434", "/api/generate", "ollama.generate", "ollama"),
+        ("POST", "localhost:11434", "/api/embed", "ollama.embed", "ollama"),
+        ("POST", "localhost:11434", "/v1/chat/completions", "openai.chat", "ollama"),
+        ("POST", "api.mistral.ai", "/v1/ocr", "mistral.ocr", "mistral"),
+        ("POST", "api.mistral.ai", "/v1/conversations", "mistral.conversation", "mistral"),
+        ("GET", "api.mistral.ai", "/v1/conversations/c", "openai.conversations", "mistral"),
+        ("POST", "api.mistral.ai", "/v1/agents/completions", "openai.chat", "mistral"),
+        ("POST", "api-inference.huggingface.co", "/models/o/m", "huggingface.generate", "huggingface"),
+        ("POST", "x.aws.endpoints.huggingface.cloud", "/", "huggingface.generate", "huggingface"),
+        ("POST", "router.huggingface.co", "/hf-inference/models/o/m/v1/chat/completions", "openai.chat", "huggingface"),
+        ("POST", "us-south.ml.cloud.ibm.com", "/ml/v1/text/generation?version=2", "watsonx.generation", "watsonx"),
+        ("POST", "us-south.ml.cloud.ibm.com", "/ml/v1-beta/generation/text_stream", "watsonx.generation", "watsonx"),
+        ("POST", "us-south.ml.cloud.ibm.com", "/ml/v1/text/chat_stream", "openai.chat", "watsonx"),
+        ("POST", "api.aleph-alpha.com", "/complete", "aleph-alpha.complete", "aleph-alpha"),
+        ("POST", "a.snowflakecomputing.com", "/api/v2/cortex/inference:complete", "openai.chat", "snowflake"),
+        ("POST", "api.voyageai.com", "/v1/rerank", "cohere.rerank", "voyage"),
+        ("POST", GOOGLE, "/v1beta/interactions", "gemini.interactions", "google"),
+        ("GET", GOOGLE, "/v1beta/interactions/i1", "gemini.interactions.retrieve", "google"),
+        # An app's own paths of these names are its own.
+        ("POST", "shop.example", "/v1/chat", None, None),
+        ("POST", "shop.example", "/api/chat", None, None),
+        ("POST", "shop.example", "/api/generate", None, None),
+        ("POST", "shop.example", "/rerank", None, None),
+        ("POST", "shop.example", "/complete", None, None),
+    ],
+)
+def test_other_makers_formats_are_told_from_host_and_path(
+    method: str, host: str, path: str, api: str | None, provider: str | None
+) -> None:
+    assert identify_api(method, host, path, None) == (api, provider)
+
+
 def test_a_host_that_only_looks_like_a_providers_is_not_the_providers() -> None:
     for host in ("api.openai.com.evil.example", "evilapi.openai.com", "openrouter.ai.example", "xapi.x.ai"):
         assert identify_api("POST", host, "/v1/chat/completions", None) == ("openai.chat", None)
@@ -113,10 +173,18 @@ def test_a_raw_prediction_is_known_by_its_body() -> None:
 
 
 def test_every_name_is_in_the_documented_table() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "explanation" / "metering.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "api-names.md").read_text()
     names = {api for _, _, api in outgoing._PATHS}
+    names |= {api for paths in outgoing._OF_PROVIDERS.values() for _, api in paths} | set(DIALECTS)
     names |= {name.replace("*", family) for _, name in outgoing._SHARED for family in ("openai", "anthropic", "gemini")}
     # Names that no provider has: only OpenAI takes uploads in pieces, only Google has operations.
     names -= {"anthropic.uploads", "gemini.uploads", "anthropic.operations", "openai.operations"}
 
     assert {name for name in names if f"`{name}`" not in page} == set()
+
+
+def test_every_provider_of_a_host_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "api-names.md").read_text()
+    providers = {provider for _, provider in outgoing._HOSTS} | {"bedrock", "bedrock-mantle", "ollama"}
+
+    assert {name for name in providers if f"`{name}`" not in page} == set()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_guard_mw.metering import Meter, read_usage
-from llm_guard_mw.metering.meter import HEAD_BYTES, TAIL_BYTES
+from llm_guard_mw.metering.kept import HEAD_BYTES, TAIL_BYTES
 from llm_guard_mw.model import Reading, Usage
 
 MIB = 1024 * 1024

@@ -9,9 +9,10 @@ over all rounds, which are in `parts`. Rounds of another model are also there by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from llm_guard_mw.metering.dialects.dialect import (
+    NO_PARTS,
     Dialect,
     Notes,
     count_of,
@@ -31,6 +32,8 @@ from llm_guard_mw.metering.loose_json import Doc
 from llm_guard_mw.model import Usage
 
 _EVENTS = ("message_start", "message_delta", "message_stop", "content_block_start", "content_block_delta")
+#: Members of a usage that make `parts`.
+_WITH_PARTS = frozenset({"cache_creation", "server_tool_use", "iterations"})
 _ITERATIONS_MAX = 256
 _MODELS_MAX = 8
 
@@ -51,52 +54,60 @@ def _note(doc: Doc, notes: Notes) -> None:
     if not isinstance(message, dict):
         return
     usage = object_of(message.get("usage"))
-    notes.identify(model=message.get("model"), response_id=message.get("id"), service_tier=usage.get("service_tier"))
-    notes.ended = notes.ended or kind == "message_stop"
+    notes.identify(message.get("model"), message.get("id"), usage.get("service_tier"))
+    if kind == "message_stop":
+        notes.ended = True
     if says_something(usage):
-        said = {name: value for name, value in usage.items() if value is not None}
-        notes.usage = {**(notes.usage or {}), **said}
+        if notes.usage is not None:
+            usage = {**notes.usage, **{name: value for name, value in usage.items() if value is not None}}
+        notes.usage = usage
         notes.usage_final = kind != "message_start"
-    notes.error = error_of(_error(doc)) or notes.error
-
-
-def _error(doc: Doc) -> Doc | None:
-    error = doc.get("error")
-    if not error:
-        return None
-    return {"code": object_of(error).get("type")}
+    if doc.get("error"):
+        notes.error = error_of({"code": object_of(doc["error"]).get("type")})
 
 
 def _usage(usage: Doc, notes: Notes) -> Usage | None:
-    written = _written(usage)
-    cached = count_of(usage.get("cache_read_input_tokens"))
+    cached, written = count_of(usage.get("cache_read_input_tokens")), _written(usage)
     uncached, output = count_of(usage.get("input_tokens")), count_of(usage.get("output_tokens"))
     if uncached is None and output is None:
         return None
+    thought = object_of(usage.get("output_tokens_details"))
+    return Usage(
+        total_of(uncached, cached, written),
+        output,
+        cached,
+        written,
+        first_count(thought.get("thinking_tokens"), thought.get("reasoning_tokens")) if thought else None,
+        None,
+        None,
+        notes.model,
+        True,
+        _parts(usage, notes.model),
+    )
+
+
+def _parts(usage: Doc, model: str | None) -> Mapping[str, int]:
+    if _WITH_PARTS.isdisjoint(usage):
+        return NO_PARTS
     by_age = object_of(usage.get("cache_creation"))
     parts: dict[str, int | None] = {
         "cache_write_5m": count_of(by_age.get("ephemeral_5m_input_tokens")),
         "cache_write_1h": count_of(by_age.get("ephemeral_1h_input_tokens")),
-        **tool_parts(object_of(usage.get("server_tool_use"))),
-        **_iterations(usage, notes.model),
     }
-    thought = object_of(usage.get("output_tokens_details"))
-    return Usage(
-        input_tokens=total_of(uncached, cached, written),
-        output_tokens=output,
-        cached_input_tokens=cached,
-        cache_write_tokens=written,
-        reasoning_tokens=first_count(thought.get("thinking_tokens"), thought.get("reasoning_tokens")),
-        model=notes.model,
-        parts=frozen_parts(parts),
-    )
+    if usage.get("server_tool_use"):
+        parts |= tool_parts(object_of(usage["server_tool_use"]))
+    if usage.get("iterations"):
+        parts |= _iterations(usage, model)
+    return frozen_parts(parts)
 
 
 def _written(usage: Doc) -> int | None:
-    by_age = object_of(usage.get("cache_creation"))
-    return first_count(
-        usage.get("cache_creation_input_tokens"),
-        total_of(count_of(by_age.get("ephemeral_5m_input_tokens")), count_of(by_age.get("ephemeral_1h_input_tokens"))),
+    written = count_of(usage.get("cache_creation_input_tokens"))
+    if written is not None or "cache_creation" not in usage:
+        return written
+    by_age = object_of(usage["cache_creation"])
+    return total_of(
+        count_of(by_age.get("ephemeral_5m_input_tokens")), count_of(by_age.get("ephemeral_1h_input_tokens"))
     )
 
 
@@ -139,4 +150,5 @@ def _text(doc: Doc) -> Iterator[str]:
             yield json_text(block["input"])
 
 
-ANTHROPIC_MESSAGES = Dialect("anthropic.messages", _recognises, _note, _usage, _text)
+_MEMBERS = frozenset({"type", "usage"})
+ANTHROPIC_MESSAGES = Dialect("anthropic.messages", _MEMBERS, _recognises, _note, _usage, _text)

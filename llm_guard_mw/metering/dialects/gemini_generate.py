@@ -8,12 +8,14 @@ Enumerations come as words or as numbers. What an SDK has parsed and dumped agai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_guard_mw.metering.dialects.dialect import (
+    NO_PARTS,
     Dialect,
     Notes,
     count_of,
+    either,
     error_of,
     frozen_parts,
     json_text,
@@ -26,46 +28,78 @@ from llm_guard_mw.metering.dialects.dialect import (
 from llm_guard_mw.metering.loose_json import Doc
 from llm_guard_mw.model import Usage
 
-_AUDIO = ("AUDIO", 4)
-_IMAGE = ("IMAGE", 2)
+_MEMBERS = frozenset({"usageMetadata", "usage_metadata", "candidates", "promptFeedback"})
 
 
-def _either(doc: Doc, camel: str, snake: str) -> Any:  # Any: foreign JSON
-    value = doc.get(camel)
-    return doc.get(snake) if value is None else value
+class _Names(NamedTuple):
+    """The members of a usage object, as the wire has them, and as an SDK that has parsed them does."""
+
+    prompt: str
+    tools: str
+    candidates: str
+    thoughts: str
+    cached: str
+    asked: str
+    wrote: str
+
+
+_CAMEL = _Names(
+    "promptTokenCount",
+    "toolUsePromptTokenCount",
+    "candidatesTokenCount",
+    "thoughtsTokenCount",
+    "cachedContentTokenCount",
+    "promptTokensDetails",
+    "candidatesTokensDetails",
+)
+_SNAKE = _Names(
+    "prompt_token_count",
+    "tool_use_prompt_token_count",
+    "candidates_token_count",
+    "thoughts_token_count",
+    "cached_content_token_count",
+    "prompt_tokens_details",
+    "candidates_tokens_details",
+)
+#: Enumerations come as numbers as well.
+_MODALITIES = {"IMAGE": 2, "AUDIO": 4}
 
 
 def _recognises(doc: Doc) -> bool:
-    return any(name in doc for name in ("usageMetadata", "usage_metadata", "candidates", "promptFeedback"))
+    return not _MEMBERS.isdisjoint(doc)
 
 
 def _note(doc: Doc, notes: Notes) -> None:
-    usage = object_of(_either(doc, "usageMetadata", "usage_metadata"))
+    usage = object_of(either(doc, "usageMetadata", "usage_metadata"))
     notes.identify(
-        model=_either(doc, "modelVersion", "model_version"),
-        response_id=_either(doc, "responseId", "response_id"),
-        service_tier=_either(usage, "serviceTier", "service_tier"),
+        either(doc, "modelVersion", "model_version"),
+        either(doc, "responseId", "response_id"),
+        either(usage, "serviceTier", "service_tier"),
     )
-    candidates = list(objects_of(doc.get("candidates")))
-    over = any(_either(candidate, "finishReason", "finish_reason") for candidate in candidates)
-    over = over or bool(object_of(_either(doc, "promptFeedback", "prompt_feedback")))
+    candidates = doc.get("candidates")
+    over = bool(object_of(either(doc, "promptFeedback", "prompt_feedback")))
+    for candidate in candidates if isinstance(candidates, list) else ():
+        if isinstance(candidate, dict):
+            over = over or bool(either(candidate, "finishReason", "finish_reason"))
+            _note_searches(candidate, notes)
     notes.ended = notes.ended or over
     # Vertex sends chunks whose metadata holds nothing but the kind of traffic.
     if says_something(usage):
         notes.usage, notes.usage_final = usage, notes.ended
-    for candidate in candidates:
-        _note_searches(candidate, notes)
-    notes.error = error_of(_error(doc.get("error"))) or notes.error
+    if doc.get("error"):
+        notes.error = error_of(google_error(doc["error"]))
 
 
 def _note_searches(candidate: Doc, notes: Notes) -> None:
-    grounding = object_of(_either(candidate, "groundingMetadata", "grounding_metadata"))
-    queries = _either(grounding, "webSearchQueries", "web_search_queries")
+    grounding = object_of(either(candidate, "groundingMetadata", "grounding_metadata"))
+    if not grounding:
+        return
+    queries = either(grounding, "webSearchQueries", "web_search_queries")
     if isinstance(queries, list) and queries:
         notes.parts = {"web_searches": len(queries)}
 
 
-def _error(error: Any) -> Doc | None:  # Any: foreign JSON
+def google_error(error: Any) -> Doc | None:  # Any: foreign JSON
     """Google's errors have the word in `status` and a number in `code`: the word says more."""
     if not error:
         return None
@@ -74,44 +108,53 @@ def _error(error: Any) -> Doc | None:  # Any: foreign JSON
 
 
 def _usage(usage: Doc, notes: Notes) -> Usage | None:
-    prompt = count_of(_either(usage, "promptTokenCount", "prompt_token_count"))
-    tools = count_of(_either(usage, "toolUsePromptTokenCount", "tool_use_prompt_token_count"))
-    candidates = count_of(_either(usage, "candidatesTokenCount", "candidates_token_count"))
-    thoughts = count_of(_either(usage, "thoughtsTokenCount", "thoughts_token_count"))
-    asked = _either(usage, "promptTokensDetails", "prompt_tokens_details")
-    wrote = _either(usage, "candidatesTokensDetails", "candidates_tokens_details")
+    said = usage.get
+    names = _SNAKE if "prompt_token_count" in usage or "total_token_count" in usage else _CAMEL
+    prompt, tools = count_of(said(names.prompt)), count_of(said(names.tools))
+    candidates, thoughts = count_of(said(names.candidates)), count_of(said(names.thoughts))
+    asked, wrote = said(names.asked), said(names.wrote)
+    parts = notes.parts
+    images = modality_tokens(wrote, "IMAGE")
+    if images is not None:
+        parts = {"image_output_tokens": images, **(parts or {})}
     return Usage(
-        input_tokens=None if prompt is None else total_of(prompt, tools),
-        output_tokens=total_of(candidates or 0, thoughts),
-        cached_input_tokens=count_of(_either(usage, "cachedContentTokenCount", "cached_content_token_count")),
-        reasoning_tokens=thoughts,
-        audio_input_tokens=_modality(asked, _AUDIO),
-        audio_output_tokens=_modality(wrote, _AUDIO),
-        model=notes.model,
-        parts=frozen_parts({"image_output_tokens": _modality(wrote, _IMAGE), **(notes.parts or {})}),
+        None if prompt is None else total_of(prompt, tools),
+        total_of(candidates or 0, thoughts),
+        count_of(said(names.cached)),
+        None,
+        thoughts,
+        modality_tokens(asked, "AUDIO"),
+        modality_tokens(wrote, "AUDIO"),
+        notes.model,
+        True,
+        NO_PARTS if parts is None else frozen_parts(parts),
     )
 
 
-def _modality(details: Any, kind: tuple[str, int]) -> int | None:  # Any: foreign JSON
-    return total_of(
-        *(
-            count_of(_either(detail, "tokenCount", "token_count"))
-            for detail in objects_of(details)
-            if detail.get("modality") in kind
-        )
-    )
+def modality_tokens(details: Any, kind: str) -> int | None:  # Any: foreign JSON
+    """The tokens of one kind; None where it is not spoken of."""
+    total = None
+    for detail in details if isinstance(details, list) else ():
+        if isinstance(detail, dict) and _is_modality(detail.get("modality"), kind):
+            count = detail["tokens"] if "tokens" in detail else either(detail, "tokenCount", "token_count")
+            total = total_of(total, count_of(count))
+    return total
+
+
+def _is_modality(said: Any, kind: str) -> bool:  # Any: foreign JSON
+    return said.upper() == kind if isinstance(said, str) else said == _MODALITIES.get(kind)
 
 
 def _text(doc: Doc) -> Iterator[str]:
     for candidate in objects_of(doc.get("candidates")):
         for part in objects_of(object_of(candidate.get("content")).get("parts")):
             yield from text_of(part.get("text"))
-            call = object_of(_either(part, "functionCall", "function_call"))
+            call = object_of(either(part, "functionCall", "function_call"))
             if call:
                 yield from text_of(call.get("name"))
                 yield json_text(call.get("args"))
-            code = object_of(_either(part, "executableCode", "executable_code"))
+            code = object_of(either(part, "executableCode", "executable_code"))
             yield from text_of(code.get("code"))
 
 
-GEMINI_GENERATE = Dialect("gemini.generate", _recognises, _note, _usage, _text)
+GEMINI_GENERATE = Dialect("gemini.generate", _MEMBERS, _recognises, _note, _usage, _text)

@@ -33,19 +33,24 @@ def note_completion(doc: Doc, notes: Notes) -> None:
     if not isinstance(usage, dict) or not says_something(usage):
         usage = object_of(object_of(doc.get("x_groq")).get("usage"))
     # Mistral has the tier inside the usage.
-    tier = doc.get("service_tier") or usage.get("service_tier")
-    notes.identify(model=doc.get("model"), response_id=doc.get("id"), service_tier=tier)
-    choices = list(objects_of(doc.get("choices")))
-    if says_something(usage):
-        notes.usage = usage
-        # Perplexity and vLLM count along in every chunk. The last one has no choices, or ends them.
-        notes.usage_final = not choices or any(choice.get("finish_reason") for choice in choices)
+    notes.identify(doc.get("model"), doc.get("id"), doc.get("service_tier") or usage.get("service_tier"))
     error = error_of(doc.get("error"))
-    for choice in choices:
-        error = error or error_of(choice.get("error"))
-        if choice.get("finish_reason") == "error":
-            error = error or "error"
-    notes.error = error or notes.error
+    choices = doc.get("choices")
+    # Perplexity and vLLM count along in every chunk. The last one has no choices, or ends them.
+    over = not choices
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict):
+            reason = choice.get("finish_reason")
+            over = over or bool(reason)
+            error = error or error_of(choice.get("error"))
+            if not usage and isinstance(choice.get("usage"), dict):
+                usage = choice["usage"]  # Moonshot's streams have it there
+            if reason == "error":
+                error = error or "error"
+    if says_something(usage):
+        notes.usage, notes.usage_final = usage, over
+    if error is not None:
+        notes.error = error
 
 
 def _usage(usage: Doc, notes: Notes) -> Usage | None:
@@ -72,4 +77,5 @@ def _message_text(message: Doc) -> Iterator[str]:
         yield from text_of(call.get("name"), call.get("arguments"))
 
 
-OPENAI_CHAT = Dialect("openai.chat", _recognises, note_completion, _usage, _text)
+_MEMBERS = frozenset({"object", "choices", "usage", "x_groq"})
+OPENAI_CHAT = Dialect("openai.chat", _MEMBERS, _recognises, note_completion, _usage, _text)

@@ -30,4 +30,5 @@ def _text(doc: Doc) -> Iterator[str]:
         yield from text_of(choice.get("text"))
 
 
-OPENAI_COMPLETIONS = Dialect("openai.completions", _recognises, note_completion, _usage, _text)
+_MEMBERS = frozenset({"object", "choices"})
+OPENAI_COMPLETIONS = Dialect("openai.completions", _MEMBERS, _recognises, note_completion, _usage, _text)

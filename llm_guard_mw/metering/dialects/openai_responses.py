@@ -22,7 +22,8 @@ from llm_guard_mw.metering.dialects.openai_tokens import read_tokens
 from llm_guard_mw.metering.loose_json import Doc
 from llm_guard_mw.model import Usage
 
-_OVER = ("completed", "incomplete", "failed", "cancelled")
+_OVER = frozenset({"completed", "incomplete", "failed", "cancelled"})
+_OVER_EVENTS = frozenset(f"response.{status}" for status in _OVER)
 
 
 def _recognises(doc: Doc) -> bool:
@@ -46,20 +47,21 @@ def _note(doc: Doc, notes: Notes) -> None:
         if is_event:
             return
         response = doc
-    over = response.get("status") in _OVER or kind in [f"response.{status}" for status in _OVER]
+    status = response.get("status")
+    over = (isinstance(status, str) and status in _OVER) or (is_event and kind in _OVER_EVENTS)
     notes.ended = notes.ended or (is_event and over)
-    notes.pending = not over and not is_event and isinstance(response.get("status"), str)
-    notes.identify(
-        model=response.get("model"), response_id=response.get("id"), service_tier=response.get("service_tier")
-    )
+    notes.pending = not over and not is_event and isinstance(status, str)
+    notes.background = notes.background or response.get("background") is True
+    notes.identify(response.get("model"), response.get("id"), response.get("service_tier"))
     usage = object_of(response.get("usage"))
     if says_something(usage):
         notes.usage, notes.usage_final = usage, over or not is_event
         notes.parts = _tools(response)
-    notes.error = error_of(response.get("error")) or notes.error
+    if response.get("error"):
+        notes.error = error_of(response["error"])
 
 
-def _tools(response: Doc) -> dict[str, int]:
+def _tools(response: Doc) -> dict[str, int] | None:
     """The uses of OpenAI's own tools: they stand in the output, one item each, and in no counter."""
     parts: dict[str, int] = {}
     for item in objects_of(response.get("output")):
@@ -68,7 +70,7 @@ def _tools(response: Doc) -> dict[str, int]:
         # Opening a page that a search has found is an item as well, and costs nothing more.
         if part is not None and object_of(item.get("action")).get("type", "search") == "search":
             parts[part] = parts.get(part, 0) + 1
-    return parts
+    return parts or None
 
 
 def _usage(usage: Doc, notes: Notes) -> Usage | None:
@@ -90,4 +92,5 @@ def _text(doc: Doc) -> Iterator[str]:
             yield from text_of(part.get("text"), part.get("refusal"))
 
 
-OPENAI_RESPONSES = Dialect("openai.responses", _recognises, _note, _usage, _text)
+_MEMBERS = frozenset({"type", "object", "usage"})
+OPENAI_RESPONSES = Dialect("openai.responses", _MEMBERS, _recognises, _note, _usage, _text)
