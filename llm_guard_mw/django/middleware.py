@@ -300,7 +300,8 @@ class _Passage:
         self.status = response.status_code
         if not self.replaced:
             headers = [(native_bytes(name), native_bytes(value)) for name, value in response.items()]
-            self.meter = meter_for(self.call, self.route, response.status_code, headers)
+            billed = self.door.installation.desk.billed
+            self.meter = meter_for(self.call, self.route, response.status_code, headers, billed)
             for name, value in our_headers(self.call):
                 response.headers[name.decode("latin-1")] = value.decode("latin-1")
         if not response.streaming:
