@@ -11,6 +11,7 @@ Rule 4. An error of ours before the grant follows `on_store_failure`; after it, 
 
 from __future__ import annotations
 
+import io
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any  # Django has no types: its requests, responses and views
@@ -307,9 +308,8 @@ class _Passage:
         if not response.streaming:
             self._metered(response.content)
         self.whole = not self.streams(response)
-        # Not a `close` of ours: Django's caches could not pickle it.
-        response._resource_closers.insert(0, self._enter)
-        response._resource_closers.append(self._leave)
+        response._resource_closers.insert(0, _AtClose(self._enter))
+        response._resource_closers.append(_AtClose(self._leave))
         return response
 
     def _enter(self) -> None:
@@ -341,6 +341,23 @@ class _Passage:
     def _ending(self) -> DoorEnding:
         reading = self.meter.finish() if self.meter is not None else None
         return DoorEnding(status=self.status, whole=self.whole, reading=reading)
+
+
+class _AtClose:
+    """What is done when a response closes. A copy of the response, out of Django's cache, closes nothing of ours."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def __call__(self) -> None:
+        self._step()
+
+    def __reduce__(self) -> tuple[type[_AtClose], tuple[Callable[[], None]]]:
+        return _AtClose, (_nothing,)
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextmanager
@@ -411,12 +428,13 @@ def _peer(request: Any) -> tuple[str, int] | None:
 def _body(request: Any, most: int) -> tuple[bytes, bool]:
     """The body, and whether it is known whole. Django gives all of it or nothing, so a large one is not looked at."""
     length = whole_number(request.META.get("CONTENT_LENGTH"))
-    if length is None:
-        return b"", not hasattr(request, "scope") and "HTTP_TRANSFER_ENCODING" not in request.META
-    if length > most:
-        return b"", False
+    if length is None and not hasattr(request, "scope"):  # without a length, a WSGI app has no body to read
+        return b"", "HTTP_TRANSFER_ENCODING" not in request.META
     try:
-        return request.body, True
+        if length is None:  # Django has spooled it, to a file if it is long
+            length = request._stream.seek(0, io.SEEK_END)
+            request._stream.seek(0)
+        return (request.body, True) if length <= most else (b"", False)
     except Exception:  # read by somebody else already, too large for Django's settings, the client has gone
         return b"", False
 

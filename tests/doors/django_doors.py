@@ -14,7 +14,7 @@ from asgiref.sync import async_to_sync
 from llm_guard_mw import current_call
 from llm_guard_mw.cli.demo.standin import StandIn
 from tests.doors import django_project  # noqa: F401 - Django is set up before anything of it is imported
-from tests.doors.harness import AsgiDoor, Door, Later, Reply, Say, Sent, Words, _SyncWork, _Work, drive_wsgi
+from tests.doors.harness import AsgiDoor, Door, Later, Reply, Say, Sent, SignIn, Words, _SyncWork, _Work, drive_wsgi
 
 from django.core.handlers.asgi import ASGIHandler  # isort: skip
 from django.core.handlers.wsgi import WSGIHandler  # isort: skip
@@ -39,11 +39,12 @@ class DjangoDoor(Door):
         views = {path: functools.partial(self._serve, path) for path in self.handlers}
         self.settings = django_settings(config, views)
         self.settings.enable()
-        lenient = WSGIHandler()
-        strict = validator(lenient)
+        strict = validator(WSGIHandler())
 
         def door(environ: Any, start_response: Any) -> Any:
-            return (lenient if "wsgi.input_terminated" in environ else strict)(environ, start_response)
+            # Django reads no body without a length, as PEP 3333 has it: its servers give chunked ones one.
+            length = str(environ["wsgi.input"].getbuffer().nbytes)
+            return strict({"CONTENT_LENGTH": length, **environ}, start_response)
 
         self.app: Any = door
 
@@ -58,7 +59,7 @@ class DjangoDoor(Door):
     def _serve(self, path: str, request: Any) -> Any:
         seen = _seen(request)
         self.seen.append(seen)
-        work = _DjangoWork(self)  # type: ignore[arg-type] # what it asks of its door, this one has
+        work = _DjangoWork(self, request)
         for step in self.handlers[path]:
             work.perform(step)
         return work.answer()
@@ -83,7 +84,7 @@ class AsyncDjangoDoor(AsgiDoor):
         async def serve(request: Any) -> Any:
             seen = _seen(request)
             self.seen.append(seen)
-            work = _AsyncDjangoWork(self)
+            work = _AsyncDjangoWork(self, request)
             for step in self.handlers[path]:
                 await work.perform(step)
             return work.answer()
@@ -98,6 +99,10 @@ def _seen(request: Any) -> dict[str, Any]:
 
 
 class _DjangoWork(_SyncWork):
+    def __init__(self, door: DjangoDoor, request: Any) -> None:
+        super().__init__(door)  # type: ignore[arg-type] # what it asks of its door, this one has
+        self.request = request
+
     def answer(self) -> Any:
         body = json.dumps({"said": self.said}).encode()
         response: Any = self.response or HttpResponse(body, content_type="application/json")
@@ -109,6 +114,8 @@ class _DjangoWork(_SyncWork):
         match step:
             case Say():
                 self.response = _response(step)
+            case SignIn():
+                _sign_in(self.request)
             case Words():
                 self.response = StreamingHttpResponse(self._words(step), content_type="text/plain")
             case _:
@@ -127,6 +134,8 @@ class _AsyncDjangoWork(_Work):
         match step:
             case Say():
                 self.response = _response(step, is_async=True)
+            case SignIn():
+                _sign_in(self.request)
             case Words():
                 self.response = StreamingHttpResponse(  # type: ignore[assignment] # a response all the same
                     self._words(step), content_type="text/plain"
@@ -135,6 +144,11 @@ class _AsyncDjangoWork(_Work):
                 self.later = step
             case _:
                 await super().perform(step)
+
+
+def _sign_in(request: Any) -> None:
+    if "x-session" in request.headers:
+        request.user = request.headers["x-session"]
 
 
 def _response(say: Say, *, is_async: bool = False) -> Any:
