@@ -25,7 +25,7 @@ from typing import Any
 from llm_guard_mw.allowance import Allowance
 from llm_guard_mw.call import Call, Exchange, current_call, enter, leave
 from llm_guard_mw.desk import Desk, DoorEnding, Unguarded
-from llm_guard_mw.errors import IdentityError, LimitExceeded, StoreUnavailable
+from llm_guard_mw.errors import GuardError, IdentityError, LimitExceeded, StoreUnavailable
 from llm_guard_mw.http import HttpRequest
 from llm_guard_mw.identity import Late
 from llm_guard_mw.logs import log
@@ -76,7 +76,7 @@ class Guard(_Face):
     def ask_now(self, call: Call) -> None:
         """Who is calling, asked while the app's framework still knows. Nobody acts on it before the first exchange."""
         if not call.identified and call.request is not None:
-            with suppress(IdentityError):  # whoever needs to know asks once more, and hears of it then
+            with suppress(GuardError):  # whoever needs to know asks once more, and hears of it then
                 call.answered = self.desk.identifier.settle_late(call.request)
 
     def enter(self, call: Call) -> Call | Refusal:
@@ -189,7 +189,7 @@ class AsyncGuard(_Face):
     async def ask_now(self, call: Call) -> None:
         """Who is calling, asked while the app's framework still knows. Nobody acts on it before the first exchange."""
         if not call.identified and call.request is not None:
-            with suppress(IdentityError):  # whoever needs to know asks once more, and hears of it then
+            with suppress(GuardError):  # whoever needs to know asks once more, and hears of it then
                 call.answered = await self.desk.identifier.asettle_late(call.request)
 
     async def enter(self, call: Call) -> Call | Refusal:

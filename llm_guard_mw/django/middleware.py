@@ -92,6 +92,7 @@ class GuardMiddleware:
         route = self.installation.config.policy.route(request.method, request.path_info)
         if route is None:
             return None
+        self.installation.keeper.start()
         passage = _Passage(self, route, request)
         setattr(request, _PASSAGE, passage)
         return passage
@@ -182,12 +183,12 @@ class _Passage:
         self.whole = False  # the answer was passed on to its end
         self.replaced = False  # the view's answer was replaced by our refusal
         self.closed = False
+        self.before: Call | None = None  # the current call around the closing of the response
 
     # -- opening
 
     def http_request(self) -> HttpRequest:
         installation = self.door.installation
-        installation.keeper.start()
         body, complete = _body(self.request, installation.config.policy.inspect_bytes)
         return _http_request(self.request, installation.desk.identifier.identity_headers, body, complete=complete)
 

@@ -1,6 +1,6 @@
 """From a framework's own quick-start to a guarded route: the lines it takes are put in, and the whole is timed.
 
-    pytest tests/acceptance/test_three_lines.py -rP        # prints the seconds
+pytest tests/acceptance/test_three_lines.py -rP        # prints the seconds
 """
 
 from __future__ import annotations
