@@ -74,9 +74,14 @@ def serving(
 
 
 def _worker_of(master: int) -> int:
-    """The process that does the work of a gunicorn."""
-    with open(f"/proc/{master}/task/{master}/children") as children:
-        return int(children.read().split()[0])
+    """The process that does the work of a gunicorn, which listens before it has one."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with open(f"/proc/{master}/task/{master}/children") as children:
+            if pids := children.read().split():
+                return int(pids[0])
+        time.sleep(0.05)
+    raise RuntimeError("gunicorn started no worker")
 
 
 class Server:

@@ -19,7 +19,7 @@ import time
 
 from llm_guard_mw.desk import Desk
 from llm_guard_mw.duties import PRUNE_SECONDS, Duty, Patience, Room, prune, sweep
-from llm_guard_mw.errors import GuardError, StoreUnavailable
+from llm_guard_mw.errors import ConfigError, GuardError, StoreUnavailable
 from llm_guard_mw.estimate import load_vocabularies
 from llm_guard_mw.ledger import Ledger
 from llm_guard_mw.logs import log
@@ -74,10 +74,18 @@ class Keeper:
         """Make sure the thread runs. Cheap when it does."""
         if self._thread is not None:
             return
+        if type(self._starting) is not type(threading.Lock()):
+            # Locks of two kinds do not wait for each other: the process would stand still, and nobody would say why.
+            raise ConfigError(
+                "gevent took the place of threads after llm_guard_mw was loaded, which breaks its locks: patch first,"
+                ' for gunicorn --preload with "from gevent import monkey; monkey.patch_all()" in gunicorn.conf.py'
+            )
         with self._starting:
             if self._thread is None:
                 if _threads_are_greenlets():
-                    self._warm_up()  # before the first reserve: it would be too late once the tables are read
+                    # Before the first reserve, which would be too late once the tables are read; and out of the way of
+                    # all other greenlets, which could not even hear their clients meanwhile.
+                    sys.modules["gevent"].get_hub().threadpool.apply(self._read_tables)
                 self._thread = threading.Thread(target=self._run, name="llm-guard-keeper", daemon=True)
                 self._thread.start()
 
@@ -104,7 +112,8 @@ class Keeper:
 
     def _run(self) -> None:
         with self._busy:
-            self._warm_up()
+            self._read_tables()
+            Duty("warm", 0.0, self.desk.identifier.warm).do()
         while not self._stopping.wait(TICK_SECONDS):
             now = time.monotonic()
             for duty in self.duties:
@@ -114,16 +123,15 @@ class Keeper:
             if duty.name in ("retry", "replay", "refusals", "drain"):
                 self._do(duty)
 
-    def _warm_up(self) -> None:
-        """Read tables that the first request would otherwise wait for."""
+    def _read_tables(self) -> None:
+        """Read what the first request would otherwise wait for."""
         try:
             self.desk.prices.warm()
             load_vocabularies()
-            self.desk.identifier.warm()
             if _threads_are_greenlets():
                 from llm_guard_mw.ledger import drain  # noqa: F401 - with it SQLAlchemy, which stops everybody
         except Exception:
-            log.exception("keeper_failed", duty="warm_up")
+            log.exception("keeper_failed", duty="read_tables")
 
     def _do(self, duty: Duty) -> None:
         with self._busy:

@@ -76,6 +76,7 @@ class _Passage:
         self.door = door
         self.route = route
         self.environ = environ
+        self.head_only = environ["REQUEST_METHOD"] == "HEAD"  # the app may rewrite it
         self.downstream = start_response
         self.context = copy_context()
         self.call: Call | None = None
@@ -219,7 +220,7 @@ class _Passage:
 
     def _send_answer(self, answer: Answer) -> list[bytes]:
         self.downstream(f"{answer.status} {HTTPStatus(answer.status).phrase}", _text_headers(answer.headers))
-        return [] if self.environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
+        return [] if self.head_only else [answer.body]
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -236,7 +237,7 @@ class _Passage:
 
     def _promised(self, headers: dict[bytes, bytes]) -> int | None:
         """How long the answer is: a server that has it all may never ask for the end (granian does not)."""
-        if self.environ["REQUEST_METHOD"] == "HEAD" or self.status in (204, 304):
+        if self.head_only or self.status in (204, 304):
             return 0
         return whole_number(headers.get(b"content-length", b"").decode("latin-1"))
 

@@ -21,6 +21,9 @@ from llm_guard_mw.metering.loose_json import Doc, parse, parse_each, parse_stric
 FIRST_DOCS: Final = 3
 LAST_DOCS: Final = 4
 
+#: More documents than a megabyte of any provider's stream has; and more that are no JSON than any stream has.
+_DOCS_MAX: Final = 20_000
+_NONSENSE_MAX: Final = 200
 _END_BYTES: Final = 128 * 1024
 _BINARY = re.compile(r"(?:image|audio|video|font)/|application/(?:pdf|zip|gzip|x-tar|octet-stream|vnd\.)", re.I)
 #: The end of an object and the beginning of the next one, on a line of its own. No single document has that.
@@ -100,7 +103,7 @@ def _of_many(docs: list[Doc]) -> Answer:
     """A whole array, or documents in a row: read like a stream, whose documents they are."""
     if len(docs) <= FIRST_DOCS + LAST_DOCS:
         return Answer(docs, closed=True)
-    return Answer([*docs[:FIRST_DOCS], *docs[-LAST_DOCS:]], all_docs=lambda: iter(docs), closed=True)
+    return Answer([*docs[:FIRST_DOCS], *docs[-LAST_DOCS:]], all_docs=lambda: islice(docs, _DOCS_MAX), closed=True)
 
 
 def _read_lines(head: bytes, tail: bytes | None) -> Answer:
@@ -171,6 +174,10 @@ def _data_of(*pieces: bytes) -> Iterator[bytes]:
 
 def _documents(events: Iterable[bytes]) -> Iterator[Doc]:
     """The objects in what events or lines say. Some servers leave out the empty lines: then each line is one."""
+    return islice(_objects(events, _NONSENSE_MAX), _DOCS_MAX)
+
+
+def _objects(events: Iterable[bytes], nonsense_left: int) -> Iterator[Doc]:
     for data in events:
         if b"{" not in data:
             continue
@@ -180,7 +187,11 @@ def _documents(events: Iterable[bytes]) -> Iterator[Doc]:
         elif isinstance(doc, list):
             yield from (item for item in doc if isinstance(item, dict))
         elif doc is None and b"\n" in data:
-            yield from (doc for doc in map(parse, data.split(b"\n")) if isinstance(doc, dict))
+            yield from _objects(data.split(b"\n"), nonsense_left)
+        else:
+            nonsense_left -= 1
+            if nonsense_left < 0:
+                return
 
 
 def _join_text(data: Iterable[bytes]) -> str:
@@ -202,7 +213,7 @@ def _read_frames(head: bytes, tail: bytes | None) -> Answer:
     few = tail is None and len(first) + len(last) == len(spans)
 
     def all_docs() -> Iterator[Doc]:
-        return (doc for data, frames in pieces for doc in event_stream.documents(data, frames))
+        return islice((doc for data, frames in pieces for doc in event_stream.documents(data, frames)), _DOCS_MAX)
 
     return Answer(
         [*event_stream.documents(head, first), *event_stream.documents(end, last)],

@@ -27,7 +27,15 @@ from llm_guard_mw.metering.loose_json import Doc, parse
 from llm_guard_mw.model import Reading, Usage
 
 #: Answers that repeat a usage which an earlier answer may have said.
-_RETRIEVES = frozenset({"openai.responses.retrieve", "gemini.interactions.retrieve"})
+_RETRIEVES = frozenset(
+    {
+        "openai.responses.retrieve",
+        "openai.responses.cancel",
+        "openai.chat.stored",
+        "gemini.interactions.retrieve",
+        "gemini.interactions.cancel",
+    }
+)
 #: Answers that may be fetched again.
 _STORED = _RETRIEVES | {"openai.responses", "gemini.interactions"}
 
@@ -152,8 +160,8 @@ class Meter:
             return self._judge(answer, head, tail)
         text = self._plain_text(head, tail)
         ended = text is not None and tail is None and self._is_the_apps_own()
-        usage = self._filled(None, ())
-        return Reading(usage=usage, ended=ended or usage is not None, text=text, broken=self._broken)
+        usage = self._filled(None, None)
+        return Reading(usage, ended or usage is not None, text, None, None, None, self._broken)
 
     def _read_undeclared_gzip(self, head: bytes, tail: bytes | None) -> Reading:
         """Some recorders and proxies lose the Content-Encoding header."""
@@ -183,7 +191,8 @@ class Meter:
         ended = (notes.ended or answer.closed) and not notes.pending
         usage = None if notes.usage is None else dialect.usage(notes.usage, notes)
         if usage is None or usage.input_tokens is None or usage.output_tokens is None:
-            usage = self._filled(usage, answer.docs)
+            metrics = metrics_in(answer.docs)
+            usage, ended = self._filled(usage, metrics), ended or metrics is not None
         final = usage is not None and (notes.usage_final or ended) and not answer.guessed
         text = None
         if not final:
@@ -191,6 +200,8 @@ class Meter:
                 usage = replace(usage, exact=False)
             if self._status < 400:
                 text = "".join(piece for doc in answer.every_doc() for piece in dialect.text(doc))
+                if usage is None and not text and self._is_the_apps_own():
+                    text = _own_text(answer, head, tail)  # it only looks like that format: what there is, counts
         reading = Reading(
             usage,
             # What was lost on the way was written too: then `text` is not all there was.
@@ -206,17 +217,15 @@ class Meter:
         return reading
 
     def _judge_unknown(self, answer: Answer, head: bytes, tail: bytes | None) -> Reading:
-        usage = self._filled(None, answer.docs)
+        usage = self._filled(None, metrics_in(answer.docs))
         text = None
         if usage is None and self._status < 400:
-            own_text = answer.own_text
-            text = own_text() if own_text is not None else text_or_none(head if tail is None else head + tail, "")
+            text = _own_text(answer, head, tail)
         ended = answer.closed or (answer.endless and self._is_the_apps_own() and not answer.lossy)
         return Reading(usage, ended or usage is not None, text, None, None, None, self._broken)
 
-    def _filled(self, usage: Usage | None, docs: Iterable[Doc]) -> Usage | None:
+    def _filled(self, usage: Usage | None, metrics: Doc | None) -> Usage | None:
         """The usage, with what only Bedrock's metrics or headers say."""
-        metrics = metrics_in(docs)
         if metrics is not None:
             usage = counted_by_bedrock(usage, metrics, self._request_model)
         if self._headers and self._status < 400:
@@ -289,6 +298,13 @@ def _dialect_of(api: str | None, answer: Answer) -> Dialect | None:
             return dialect
     # An error has no shape of its own.
     return named if named is not None and any(doc.get("error") for doc in docs) else None
+
+
+def _own_text(answer: Answer, head: bytes, tail: bytes | None) -> str | None:
+    """What to count of an answer that is no provider's."""
+    if answer.own_text is not None:
+        return answer.own_text()
+    return text_or_none(head if tail is None else head + tail, "")
 
 
 def _metered_once(

@@ -31,8 +31,13 @@ def normal(data: bytes) -> bytes:
 def forward(data: bytes) -> Iterator[tuple[bytes, int]]:
     """The data of each event that has any, first to last, and the position behind the event."""
     at = 0
-    while at < len(data):
-        end = data.find(b"\n\n", at)
+    while True:
+        said_at = data.find(b"data:", at)  # comments and bare `event:` lines are passed over at the speed of a search
+        if said_at < 0:
+            return
+        gap = data.rfind(b"\n\n", at, said_at)
+        at = at if gap < 0 else gap + 2
+        end = data.find(b"\n\n", said_at)
         end = len(data) if end < 0 else end
         said = _data(data[at:end])
         at = _after_feeds(data, end + 2)

@@ -51,7 +51,6 @@ from llm_guard_mw.stores.redis_client import (
     loading,
     open_link,
     raise_if_away,
-    speak,
     to_load,
     unavailable,
 )
@@ -311,11 +310,11 @@ class _Engine:
                     if not self.looked_over:
                         self._look_over(connection)
                     spoken = True
-                    replies = speak(connection, commands)
+                    replies = connection.speak(commands)
                     if flawed(replies):
                         missing = to_load(commands, replies)
                         if missing:
-                            loaded = speak(connection, loading(commands, missing))
+                            loaded = connection.speak(loading(commands, missing))
                             for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
                                 replies[n] = reply
                         raise_if_away(replies)
@@ -333,7 +332,7 @@ class _Engine:
         talk = look_over(self.steps, self.address.name)
         commands = next(talk)
         while True:
-            replies = speak(connection, commands)
+            replies = connection.speak(commands)
             raise_if_away(replies)
             try:
                 commands = talk.send(replies)

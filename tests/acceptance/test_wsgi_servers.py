@@ -149,3 +149,13 @@ def test_an_app_loaded_before_the_fork_starts_nothing_there_and_works_behind_it(
     assert {reply.status_code for reply in replies} == {200}
     assert len([row for row in settled(served) if row["kind"] == "settle"]) == 32
     assert served.spent("tenant=acme") == worth(provider)
+
+
+def test_gevent_that_comes_after_the_guard_is_told_so_instead_of_standing_still(serve: Serve) -> None:
+    served = serve(1, "--preload", server="gunicorn-gevent", limits='["$1/day per tenant"]')
+
+    reply = post(served)
+
+    assert reply.status_code == 500
+    assert "patch first" in served.log.read_text()
+    assert httpx2.get(f"{served.url}/ready").status_code == 200

@@ -205,10 +205,11 @@ def test_a_script_that_captures_loads_no_web_framework_and_no_database() -> None
     assert not loaded & {"sqlmodel", "sqlalchemy", "tiktoken", "httpx2", "aiohttp", "starlette", "fastapi"}
 
 
-def test_the_door_loads_no_database() -> None:
-    loaded = modules_after("from llm_guard_mw import GuardMiddleware")
+@pytest.mark.parametrize("door", ["GuardMiddleware", "WSGIGuardMiddleware"])
+def test_the_door_loads_no_database(door: str) -> None:
+    loaded = modules_after(f"from llm_guard_mw import {door}")
 
-    assert not loaded & {"sqlmodel", "sqlalchemy", "alembic", "starlette", "fastapi", "typer"}
+    assert not loaded & {"sqlmodel", "sqlalchemy", "alembic", "starlette", "fastapi", "flask", "typer"}
 
 
 @pytest.mark.parametrize(

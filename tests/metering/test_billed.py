@@ -96,3 +96,12 @@ def test_an_interaction_is_known_as_well() -> None:
         meter.feed(json.dumps(doc).encode())
 
         assert meter.finish().free == free
+
+
+def test_a_chat_completion_that_was_stored_costs_nothing_to_fetch() -> None:
+    usage = {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    doc = {"id": "chatcmpl-1", "object": "chat.completion", "model": "m", "choices": [], "usage": usage}
+    meter = Meter("openai.chat.stored", provider="openai", billed=BilledResponses())
+    meter.feed(json.dumps(doc).encode())
+
+    assert meter.finish().free == "repeated"

@@ -27,7 +27,7 @@ DEEP = os.environ.get("LLM_GUARD_HYPOTHESIS") == "deep"
 TRIES = 200_000 if DEEP else 3_000
 SEED = int(os.environ.get("LLM_GUARD_FUZZ_SEED", "20261121"))
 #: What a body of a few kilobytes may leave behind after thousands of its kind: caches of regular expressions and such.
-LEFT_BEHIND_BYTES = 128 * 1024
+LEFT_BEHIND_BYTES = 256 * 1024
 
 VALUE = re.compile(rb":([^,}\n]*)")
 VALUES = (

@@ -54,9 +54,8 @@ def _recognises(doc: Doc) -> bool:
 
 def _note(doc: Doc, notes: Notes) -> None:
     results = list(objects_of(doc.get("results")))
-    said: Doc = {
-        name: count for name in (*_TITAN, *_LLAMA) if (count := count_of(doc.get(name))) is not None
-    }  # a chunk that leaves a count out says nothing about it
+    # A chunk that leaves a count out says nothing about it.
+    said: Doc = {name: count for name in (*_TITAN, *_LLAMA) if (count := count_of(doc.get(name))) is not None}
     wrote = total_of(*(count_of(result.get("tokenCount")) for result in results))
     if wrote is not None:
         said["totalOutputTextTokenCount"] = wrote
@@ -90,7 +89,7 @@ BEDROCK_INVOKE = Dialect("bedrock.invoke", _MEMBERS, _recognises, _note, _usage,
 
 
 def metrics_in(docs: Iterable[Doc]) -> Doc | None:
-    """The metrics of a stream's last chunk."""
+    """The metrics of a stream's last chunk, which say that it is the last."""
     for doc in docs:
         if METRICS in doc:
             return object_of(doc[METRICS])

@@ -25,7 +25,7 @@ from llm_guard_mw.metering.dialects.dialect import (
 from llm_guard_mw.metering.loose_json import Doc
 from llm_guard_mw.model import Usage
 
-_MEMBERS = frozenset({"meta", "usage", "type", "event_type", "is_finished", "generations", "billed_units"})
+_MEMBERS = frozenset({"meta", "usage", "type", "event_type", "is_finished", "generations"})
 _EVENTS_V2 = frozenset(
     {
         "message-start",
@@ -59,10 +59,9 @@ def _recognises(doc: Doc) -> bool:
     kind, event = doc.get("type"), doc.get("event_type")
     if (isinstance(kind, str) and kind in _EVENTS_V2) or (isinstance(event, str) and event in _EVENTS_V1):
         return True
-    if "is_finished" in doc or isinstance(doc.get("generations"), list):
+    if isinstance(doc.get("is_finished"), bool) or isinstance(doc.get("generations"), list):
         return True
-    usage, meta = object_of(doc.get("usage")), object_of(doc.get("meta"))
-    return "billed_units" in usage or "billed_units" in meta or "api_version" in meta
+    return "billed_units" in object_of(doc.get("usage")) or "billed_units" in object_of(doc.get("meta"))
 
 
 def _note(doc: Doc, notes: Notes) -> None:

@@ -7,13 +7,19 @@ from llm_guard_mw.metering.loose_json import Doc
 from llm_guard_mw.model import Usage
 
 _MEMBERS = frozenset({"input_tokens", "totalTokens", "inputTokens"})
-#: With any of these it is more than a count.
-_ANSWERS = frozenset({"usage", "usageMetadata", "candidates", "output_tokens", "outputTokens", "choices", "content"})
+#: All that such an answer has. With anything else beside them, it is somebody's answer that also counts.
+_ALL = _MEMBERS | {
+    "object",
+    "context_management",
+    "totalBillableCharacters",
+    "promptTokensDetails",
+    "cachedContentTokenCount",
+    "cacheTokensDetails",
+}
 
 
 def _recognises(doc: Doc) -> bool:
-    counts = any(count_of(doc.get(name)) is not None for name in _MEMBERS)
-    return counts and _ANSWERS.isdisjoint(doc)
+    return doc.keys() <= _ALL and any(count_of(doc.get(name)) is not None for name in _MEMBERS)
 
 
 def _note(doc: Doc, notes: Notes) -> None:

@@ -26,7 +26,7 @@ _MEMBERS = frozenset({"done", *_COUNTS, "total_duration"})
 
 def _recognises(doc: Doc) -> bool:
     if isinstance(doc.get("done"), bool):
-        return "message" in doc or "response" in doc
+        return "created_at" in doc and ("message" in doc or "response" in doc)
     return any(count_of(doc.get(name)) is not None for name in _COUNTS)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from llm_guard_mw.metering.dialects.dialect import (
     Dialect,
     Notes,
+    count_of,
     error_of,
     no_text,
     object_of,
@@ -23,6 +24,7 @@ from llm_guard_mw.metering.loose_json import Doc
 from llm_guard_mw.model import Usage
 
 _MEMBERS = frozenset({"type", "usage", "data"})
+_COUNTS = frozenset({"input_tokens", "prompt_tokens", "total_tokens", "seconds"})
 _AUDIO_EVENTS = ("transcript.", "transcription.", "speech.audio.")
 _IMAGE_EVENTS = ("image_generation.", "image_edit.")
 _IMAGES = ("b64_json", "url", "revised_prompt")
@@ -32,7 +34,7 @@ def _recognises_audio(doc: Doc) -> bool:
     kind = doc.get("type")
     if isinstance(kind, str) and kind.startswith(_AUDIO_EVENTS):
         return True
-    return isinstance(doc.get("text"), str) and isinstance(doc.get("usage"), dict)
+    return isinstance(doc.get("text"), str) and not _COUNTS.isdisjoint(object_of(doc.get("usage")))
 
 
 def _recognises_images(doc: Doc) -> bool:
@@ -57,8 +59,9 @@ def _note(doc: Doc, notes: Notes) -> None:
 
 def _usage(usage: Doc, notes: Notes) -> Usage | None:
     read = read_tokens(usage, notes)
-    # xAI says of images only what they cost. That is a usage, though none that can be counted.
-    return Usage(model=notes.model) if read is None else read
+    if read is None and count_of(usage.get("cost_in_usd_ticks")) is not None:
+        return Usage(model=notes.model)  # xAI says of images only what they cost: a usage, though none to be counted
+    return read
 
 
 def _text(doc: Doc) -> Iterator[str]:

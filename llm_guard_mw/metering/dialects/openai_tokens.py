@@ -67,10 +67,12 @@ def read_tokens(usage: Doc, notes: Notes, *, output_follows: bool = True) -> Usa
         completion = total - prompt
     if prompt is not None and completion is not None:
         left = None if total is None else total - prompt - completion
-        if left and left in (audio, count_of(said("connector_tokens")), total_of(cached, written)):
+        if left and left in (audio, count_of(said("connector_tokens"))):
             prompt += left
         elif reasoning and (left == reasoning or _leaves_reasoning_out(usage, notes, left)):
             completion = count_of(completion + reasoning)
+        elif left and left == _anthropics_cache(usage):
+            prompt += left
         elif left and left > 0 and _is_gemini(notes):
             reasoning = reasoning or left
             completion += left
@@ -125,6 +127,10 @@ def _written_elsewhere(usage: Doc, asked: Doc) -> int | None:
     if "cache_creation_tokens" not in asked and "cache_creation_input_tokens" not in usage:
         return None
     return first_count(asked.get("cache_creation_tokens"), usage.get("cache_creation_input_tokens"))
+
+
+def _anthropics_cache(usage: Doc) -> int | None:
+    return total_of(count_of(usage.get("cache_read_input_tokens")), count_of(usage.get("cache_creation_input_tokens")))
 
 
 def _leaves_reasoning_out(usage: Doc, notes: Notes, left: int | None) -> bool:
