@@ -139,6 +139,7 @@ class Call:
     request_id: str | None = None
     parent_id: str | None = None
     identified: bool = True  # False: a late source may still answer at the first exchange
+    answered: Principal | None = None  # ... and what it said while the app's framework still knew: `ask_now`
     alone: bool = False  # the store was away, and this process guarded by its own count
     unguarded: bool = False  # ... and while observing it could not even do that
     started: float = field(default_factory=time.monotonic)

@@ -19,6 +19,7 @@ import msgspec
 from msgspec.structs import replace
 
 from llm_guard_mw import settlement
+from llm_guard_mw.allowance import Allowance, allowances, limits_of
 from llm_guard_mw.alone import Alone
 from llm_guard_mw.balances import Limit, ScopeValues
 from llm_guard_mw.call import Call, Exchange, Record, current_call, new_call_id, sayable
@@ -56,7 +57,7 @@ from llm_guard_mw.reservation import (
 from llm_guard_mw.settlement import Closing, Ending
 from llm_guard_mw.spool import Spool
 from llm_guard_mw.stores.journal import encode_event
-from llm_guard_mw.stores.protocol import ClockApart, Granted, ProcessStore, Refused, TooLate
+from llm_guard_mw.stores.protocol import BalanceState, ClockApart, Granted, ProcessStore, Refused, TooLate
 
 #: Refusals that get an event of their own, per principal and second; the rest are summed into one.
 REFUSAL_EVENTS_PER_SECOND = 3
@@ -415,6 +416,13 @@ class Desk:
             if (parent, scope, value) not in self._admitted:
                 values, stranger = _as_other(values, scope), True
         return values, stranger
+
+    def limits_of(self, user: str | int | None, tenant: str | int | None, tier: str | None) -> dict[str, Limit]:
+        """The limits that count for this caller, by balance. The app says who it is, as in `as_user`."""
+        return limits_of(self.policy, Principal(_id("user", user), _id("tenant", tenant), _id("tier", tier)))
+
+    def allowances(self, limits: Mapping[str, Limit], states: Iterable[BalanceState]) -> tuple[Allowance, ...]:
+        return allowances(limits, states, self.store.clock())
 
     def strangers(self, call: Call) -> list[Stranger]:
         """Values that some limit counts by and that this process has not met: the store decides on their balance."""

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from typing import Any
 
+from llm_guard_mw.allowance import Allowance
 from llm_guard_mw.call import Call, Exchange, current_call, enter, leave
 from llm_guard_mw.desk import Desk, DoorEnding, Unguarded
-from llm_guard_mw.errors import IdentityError, LimitExceeded, StoreUnavailable
+from llm_guard_mw.errors import GuardError, IdentityError, LimitExceeded, StoreUnavailable
 from llm_guard_mw.http import HttpRequest
 from llm_guard_mw.identity import Late
 from llm_guard_mw.logs import log
@@ -71,6 +73,12 @@ class Guard(_Face):
             who = self.desk.nobody(error)
         return self.desk.start(request, route, who)
 
+    def ask_now(self, call: Call) -> None:
+        """Who is calling, asked while the app's framework still knows. Nobody acts on it before the first exchange."""
+        if not call.identified and call.request is not None:
+            with suppress(GuardError):  # whoever needs to know asks once more, and hears of it then
+                call.answered = self.desk.identifier.settle_late(call.request)
+
     def enter(self, call: Call) -> Call | Refusal:
         """Hold exchange 0 of a call. Raises StoreUnavailable."""
         try:
@@ -112,10 +120,17 @@ class Guard(_Face):
                 self.store.close_call(call.id)
         self.desk.closed(call, ending)
 
+    def allowances(
+        self, *, user: str | int | None = None, tenant: str | int | None = None, tier: str | None = None
+    ) -> tuple[Allowance, ...]:
+        """What is left to this caller of each limit, and when there is more. Raises StoreUnavailable."""
+        limits = self.desk.limits_of(user, tenant, tier)
+        return self.desk.allowances(limits, self.store.peek(tuple(limits)))
+
     def _identify(self, call: Call, request: HttpRequest, *, needed: bool = True) -> None:
         """A late source has its say, at the first exchange."""
         try:
-            who: Principal | Late = self.desk.identifier.settle_late(request)
+            who: Principal | Late = call.answered or self.desk.identifier.settle_late(request)
         except IdentityError as error:
             who = self.desk.nobody(error, needed=needed)
         self.desk.identified(call, who)
@@ -171,6 +186,12 @@ class AsyncGuard(_Face):
             who = self.desk.nobody(error)
         return self.desk.start(request, route, who)
 
+    async def ask_now(self, call: Call) -> None:
+        """Who is calling, asked while the app's framework still knows. Nobody acts on it before the first exchange."""
+        if not call.identified and call.request is not None:
+            with suppress(GuardError):  # whoever needs to know asks once more, and hears of it then
+                call.answered = await self.desk.identifier.asettle_late(call.request)
+
     async def enter(self, call: Call) -> Call | Refusal:
         """Hold exchange 0 of a call. Raises StoreUnavailable."""
         try:
@@ -212,10 +233,17 @@ class AsyncGuard(_Face):
                 await self.store.close_call(call.id)
         self.desk.closed(call, ending)
 
+    async def allowances(
+        self, *, user: str | int | None = None, tenant: str | int | None = None, tier: str | None = None
+    ) -> tuple[Allowance, ...]:
+        """What is left to this caller of each limit, and when there is more. Raises StoreUnavailable."""
+        limits = self.desk.limits_of(user, tenant, tier)
+        return self.desk.allowances(limits, await self.store.peek(tuple(limits)))
+
     async def _identify(self, call: Call, request: HttpRequest, *, needed: bool = True) -> None:
         """A late source has its say, at the first exchange."""
         try:
-            who: Principal | Late = await self.desk.identifier.asettle_late(request)
+            who: Principal | Late = call.answered or await self.desk.identifier.asettle_late(request)
         except IdentityError as error:
             who = self.desk.nobody(error, needed=needed)
         self.desk.identified(call, who)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import copy_context
-from functools import lru_cache
 from http import HTTPStatus
 from typing import Any  # what sys.exc_info() gives is passed on, and read by nobody here
 from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
@@ -26,6 +25,8 @@ from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvir
 from llm_guard_mw.call import Call, enter
 from llm_guard_mw.desk import DoorEnding
 from llm_guard_mw.directory import Directory
+from llm_guard_mw.environ import headers_of, native_bytes, peer_of, take_out, whole_number
+from llm_guard_mw.flask_context import follow_flask
 from llm_guard_mw.guard import Guard
 from llm_guard_mw.http import Answer, Headers, HttpRequest
 from llm_guard_mw.identity import Identifier
@@ -56,13 +57,14 @@ class WSGIGuardMiddleware:
         self.directory = Directory(self.installation.config.policy, app if views is None else views)
         self.installation.desk.identifier.refuse_async()
         self.guard = Guard(self.installation.desk)
+        follow_flask()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         route = self.directory.route(environ["REQUEST_METHOD"], _path(environ), environ)
         if route is None:
             # Not guarded; but what a stranger says about identity is believed nowhere behind us.
             identifier = self.installation.desk.identifier
-            _strip(environ, identifier.headers_to_strip(_http_request(environ, identifier)))
+            take_out(environ, identifier.headers_to_strip(_http_request(environ, identifier)))
             return self.app(environ, start_response)
         self.installation.keeper.start()
         return _Passage(self, route, environ, start_response).answer()
@@ -104,7 +106,7 @@ class _Passage:
             return self._send_answer(answer)
         environ["wsgi.input"] = body.stream
         unbelieved = identifier.headers_to_strip(request)
-        _strip(environ, unbelieved)
+        take_out(environ, unbelieved)
         call = self.call
         if call is None:
             return self.door.app(environ, self.downstream)
@@ -240,7 +242,7 @@ class _Passage:
         """How long the answer is: a server that has it all may never ask for the end (granian does not)."""
         if self.head_only or self.status in (204, 304):
             return 0
-        return _number(headers.get(b"content-length", b"").decode("latin-1"))
+        return whole_number(headers.get(b"content-length", b"").decode("latin-1"))
 
     def _metered(self, chunk: bytes) -> bytes:
         if self.meter is not None:
@@ -289,7 +291,7 @@ class _Body:
     def __init__(self, environ: WSGIEnvironment, most: int) -> None:
         self.seen = b""
         self.stream: InputStream = environ["wsgi.input"]
-        length = _number(environ.get("CONTENT_LENGTH"))
+        length = whole_number(environ.get("CONTENT_LENGTH"))
         if length is None and not environ.get("wsgi.input_terminated"):
             self.complete = not environ.get("HTTP_TRANSFER_ENCODING") and not environ.get("CONTENT_LENGTH")
             return
@@ -347,14 +349,9 @@ class _Replay(io.RawIOBase):
         return chunk
 
 
-def _number(text: str | None) -> int | None:
-    """A whole number as HTTP writes it; None for anything else."""
-    return int(text) if text and text.isascii() and text.isdigit() else None
-
-
 def _path(environ: WSGIEnvironment) -> str:
     """What is left below SCRIPT_NAME, as text: a server hands on the bytes of the path as Latin-1."""
-    return _bytes(environ.get("PATH_INFO", "")).decode("utf-8", "replace") or "/"
+    return native_bytes(environ.get("PATH_INFO", "")).decode("utf-8", "replace") or "/"
 
 
 def _http_request(
@@ -363,68 +360,13 @@ def _http_request(
     return HttpRequest(
         method=environ["REQUEST_METHOD"],
         path=_path(environ),
-        query=_bytes(environ.get("QUERY_STRING", "")),
-        headers=_headers(environ, identifier.identity_headers),
-        peer=_peer(environ),
+        query=native_bytes(environ.get("QUERY_STRING", "")),
+        headers=headers_of(environ, identifier.identity_headers),
+        peer=peer_of(environ),
         body=body,
         body_complete=complete,
         surroundings=environ,
     )
-
-
-def _headers(environ: WSGIEnvironment, identity_headers: frozenset[bytes]) -> Headers:
-    """The headers as they came, as far as that can be told: a server joins those of one name with commas.
-
-    Two that name a caller differently must not pass for one long name. The core refuses them, so they are told apart.
-    """
-    found: list[tuple[bytes, bytes]] = []
-    for key, text in environ.items():
-        name = _header_name(key)
-        if name is None or not text:
-            continue
-        value = _bytes(text)
-        if name in identity_headers and b"," in value:
-            found.extend((name, part.strip()) for part in value.split(b","))
-        else:
-            found.append((name, value))
-    return tuple(found)
-
-
-@lru_cache(maxsize=1024)
-def _header_name(key: str) -> bytes | None:
-    """The header behind a key of the environ. `Content_Length` is none: the length itself has a key of its own."""
-    if key in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-        return key.lower().replace("_", "-").encode()
-    if not key.startswith("HTTP_") or key in ("HTTP_CONTENT_TYPE", "HTTP_CONTENT_LENGTH"):
-        return None
-    return _bytes(key[5:].lower().replace("_", "-"))
-
-
-def _strip(environ: WSGIEnvironment, names: frozenset[bytes]) -> None:
-    """Take out headers that the app must not believe."""
-    for name in names:
-        environ.pop("HTTP_" + name.decode("latin-1").replace("-", "_").upper(), None)
-
-
-def _peer(environ: WSGIEnvironment) -> tuple[str, int] | None:
-    """The other end of the connection: None for a Unix socket, which gunicorn calls "" and waitress "localhost".
-
-    Where Werkzeug's ProxyFix stands in front of us it has kept the address that the server gave.
-    """
-    host = environ.get("werkzeug.proxy_fix.orig", environ).get("REMOTE_ADDR")
-    port = environ.get("REMOTE_PORT")
-    if host == "" or (host == "localhost" and port == "None"):
-        return None
-    number = _number(str(port))
-    return host or "unknown", -1 if number is None else number
-
-
-def _bytes(text: str) -> bytes:
-    """The bytes that a native string stands for."""
-    try:
-        return text.encode("latin-1")
-    except UnicodeEncodeError:  # no server should; but two names must not become one
-        return text.encode("utf-8", "surrogatepass")
 
 
 # ---------------------------------------------------------------- the answer
@@ -432,11 +374,11 @@ def _bytes(text: str) -> bytes:
 
 def _code(status: str) -> int:
     """The number in "200 OK"; 0 of what is no status: the server will say so."""
-    return _number(status[:3]) or 0
+    return whole_number(status[:3]) or 0
 
 
 def _lowered(headers: TextHeaders) -> Headers:
-    return tuple((_bytes(name.lower()), _bytes(value)) for name, value in headers)
+    return tuple((native_bytes(name.lower()), native_bytes(value)) for name, value in headers)
 
 
 def _text_headers(headers: Headers) -> TextHeaders:

@@ -169,6 +169,8 @@ class BalanceState(msgspec.Struct, frozen=True, gc=False):
     spent: int  # a bucket's `used`, as of its stamp
     held: int
     changes: int
+    rem: int = 0  # buckets: see arithmetic.drain
+    stamp: int = 0  # ms
 
 
 class HoldState(msgspec.Struct, frozen=True, gc=False):
@@ -283,6 +285,8 @@ class AsyncStore(Protocol):
     async def admit(self, parent: str, scope: str, value: str, day: int, most: int) -> bool: ...
 
     async def append(self, entry_id: str, payload: bytes) -> None: ...
+
+    async def peek(self, balances: Sequence[str]) -> Sequence[BalanceState]: ...
 
 
 class ProcessStore(Store, Protocol):

@@ -198,6 +198,9 @@ class AsyncRedisStore:
     async def append(self, entry_id: str, payload: bytes) -> None:
         await self.engine.arun(self.steps.append(entry_id, payload))
 
+    async def peek(self, balances: Sequence[str]) -> Sequence[BalanceState]:
+        return await self.engine.arun(self.steps.peek(balances))
+
 
 # ---------------------------------------------------------------- carrying words
 

@@ -64,8 +64,9 @@ _RESERVE_KEYS, _SETTLE_KEYS = 7, 4
 _OWN_ARGUMENTS = 4
 #: Layouts that are remembered, 1.5 kB each: one for reserve and one for settle, of a principal under its limits.
 _LAYOUTS_MAX = 8192
-#: Of a balance, as KEPT in _bucket.lua has it: all its bytes, and where window start, spent, held and changes stand.
-_KEPT_BYTES, _KEPT_PLACES = 61, ((1, 7), (7, 14), (14, 21), (49, 54))
+#: Of a balance, as KEPT in _bucket.lua has it: all its bytes, and where window start, spent, held, rem, stamp, tick
+#: and changes stand.
+_KEPT_BYTES, _KEPT_PLACES = 61, ((1, 7), (7, 14), (14, 21), (21, 28), (28, 34), (46, 49), (49, 54))
 _CONCURRENT, _REQUESTS = Kind.CONCURRENT, Unit.REQUESTS
 _KINDS = {"b": Kind.BUCKET, "c": Kind.CALENDAR, "t": Kind.TOTAL}
 _SETTLED = {
@@ -683,10 +684,11 @@ def _in(width: int, values: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
 def _state(name: str, kept: bytes) -> BalanceState:
     if len(kept) == _KEPT_BYTES:
         kind = chr(kept[0])
-        start, spent, held, changes = (int.from_bytes(kept[a:b], signed=True) for a, b in _KEPT_PLACES)
+        numbers = (int.from_bytes(kept[a:b], signed=True) for a, b in _KEPT_PLACES)
+        start, spent, held, rem, stamp, tick, changes = numbers
     else:  # an earlier version kept msgpack
-        kind, start, spent, held, *_, changes, _until = _decode(kept)
-    return BalanceState(name, _KINDS[kind], start, spent, held, changes)
+        kind, start, spent, held, rem, stamp, _rate, _period, tick, changes, _until = _decode(kept)
+    return BalanceState(name, _KINDS[kind], start, spent, held, changes, rem, stamp * tick)
 
 
 def _position(entry_id: bytes) -> str:

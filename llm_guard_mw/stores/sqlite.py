@@ -189,6 +189,9 @@ class AsyncSQLiteStore:
     async def append(self, entry_id: str, payload: bytes) -> None:
         return await self.engine.arun(steps.append, entry_id, payload)
 
+    async def peek(self, balances: Sequence[str]) -> Sequence[BalanceState]:
+        return await self.engine.arun(steps.peek, balances)
+
 
 # ---------------------------------------------------------------- whose turn it is
 

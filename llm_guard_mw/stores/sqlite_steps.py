@@ -581,12 +581,12 @@ def forget(db: sqlite3.Connection, now: int, most: int = 1000) -> int:
 # ---------------------------------------------------------------- reading
 
 
-_STATE = "SELECT name, kind, window_start, spent, held, changes FROM balances"
+_STATE = "SELECT name, kind, window_start, spent, held, changes, rem, stamp * tick FROM balances"
 
 
-def _state(row: tuple[str, str, int, int, int, int]) -> BalanceState:
-    name, kind, window_start, spent, held, changes = row
-    return BalanceState(name, Kind(kind), window_start, spent, held, changes)
+def _state(row: tuple[str, str, int, int, int, int, int, int]) -> BalanceState:
+    name, kind, *rest = row
+    return BalanceState(name, Kind(kind), *rest)
 
 
 def peek(db: sqlite3.Connection, now: int, balances: Sequence[str]) -> tuple[BalanceState, ...]:

@@ -23,6 +23,7 @@ FLOORS = {
     "bearer": 1,
     "degrade": 1,
     "directory": 1,
+    "environ": 1,
     "estimate": 1,
     "http": 1,
     "identity": 1,
@@ -37,6 +38,7 @@ FLOORS = {
     "views": 1,
     "logs": 1,
     "call": 2,
+    "allowance": 2,
     "reservation": 2,
     "settlement": 2,
     "stores.protocol": 2,
@@ -57,15 +59,17 @@ FLOORS = {
     "config_file": 4,
     "passage": 4,
     "process": 4,
+    "flask_context": 4,
     "asgi": 5,
     "capture": 5,
+    "django": 5,
     "wsgi": 5,
     "cli": 6,
     "": 7,  # the package's own table of contents
 }
 
 #: Doors know nothing of each other.
-DOORS = ("asgi", "capture", "wsgi", "gateway")
+DOORS = ("asgi", "capture", "django", "wsgi", "gateway")
 
 #: Who may import what is heavy, or somebody else's to choose.
 ONLY = {
@@ -79,6 +83,9 @@ ONLY = {
     "requests": (),
     "urllib.request": ("bearer",),
     "starlette": (),
+    "django": ("django",),
+    "asgiref": ("django",),
+    "flask": ("flask_context",),
     "fastapi": ("cli",),
     "openai": ("cli",),
     "anthropic": ("cli",),

@@ -220,6 +220,10 @@ def read_uvicorn(words: list[str]) -> None:
     assert words[1] == "main:app", words
 
 
+def read_flask(words: list[str]) -> None:
+    assert words[1:4] == ["--app", "main", "run"], words
+
+
 def read_curl(words: list[str]) -> None:
     assert any("localhost:8000/" in word for word in words), words
 
@@ -230,6 +234,7 @@ KNOWN = {
     "make": read_make,
     "python": read_python,
     "uvicorn": read_uvicorn,
+    "flask": read_flask,
     "curl": read_curl,
     "export": lambda words: None,
 }

@@ -13,6 +13,7 @@ import pytest
 from llm_guard_mw import process
 from llm_guard_mw.cli.demo.standin import StandIn, running
 from llm_guard_mw.stores import sqlite
+from tests.doors.django_doors import DJANGO_DOORS
 from tests.doors.harness import API_KEY, CANARY, DOORS, Door
 
 
@@ -73,7 +74,7 @@ def clean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         assert secret.encode() not in written
 
 
-@pytest.fixture(params=DOORS, ids=lambda kind: kind.name)
+@pytest.fixture(params=[*DOORS, *DJANGO_DOORS], ids=lambda kind: kind.name)
 def door(
     request: pytest.FixtureRequest, config: Callable[..., dict[str, Any]], provider: StandIn, url: str, clean: None
 ) -> Iterator[Callable[..., Door]]:

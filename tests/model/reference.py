@@ -469,7 +469,8 @@ class ReferenceStore:
 
     def _state(self, name: str) -> BalanceState:
         kept = self._balances[name]
-        return BalanceState(name, kept.kind, kept.window_start, kept.spent, kept.held, kept.changes)
+        stamp = kept.stamp * kept.tick
+        return BalanceState(name, kept.kind, kept.window_start, kept.spent, kept.held, kept.changes, kept.rem, stamp)
 
     def holds(self, after: str, count: int) -> Sequence[HoldState]:
         page = sorted(exchange for exchange in self._holds if exchange > after)[:count]
