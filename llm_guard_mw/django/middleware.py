@@ -24,6 +24,7 @@ from django.http.multipartparser import MultiPartParserError
 
 from llm_guard_mw.call import Call, current_call, enter
 from llm_guard_mw.desk import DoorEnding
+from llm_guard_mw.directory import Directory, DjangoRouter
 from llm_guard_mw.environ import headers_of, native_bytes, peer_of, take_out, whole_number
 from llm_guard_mw.guard import AsyncGuard, Guard, to_its_end
 from llm_guard_mw.http import Answer, HttpRequest
@@ -55,6 +56,7 @@ class GuardMiddleware:
     def __init__(self, get_response: Callable[[Any], Any]) -> None:
         self.get_response = get_response
         self.installation = install(configured())
+        self.directory = Directory(self.installation.config.policy, DjangoRouter())
         self.is_async = iscoroutinefunction(get_response)
         self.sync_guard = Guard(self.installation.desk)
         self.async_guard = AsyncGuard(self.installation.desk)
@@ -89,7 +91,7 @@ class GuardMiddleware:
         if names:
             take_out(request.META, names)
             request.__dict__.pop("headers", None)  # made of META, once
-        route = self.installation.config.policy.route(request.method, request.path_info)
+        route = self.directory.route(request.method, request.path_info, request.META)
         if route is None:
             return None
         self.installation.keeper.start()

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from llm_guard_mw import ConfigError, capture, current_call, load_config, process
+from llm_guard_mw import ConfigError, capture, current_call, guarded, load_config, process
 from llm_guard_mw.cli.demo.standin import StandIn
 from tests.doors import django_project
 from tests.doors.harness import API_KEY, PROMPT
@@ -365,3 +365,14 @@ def test_a_path_is_as_good_as_a_dict(project: Project, tmp_path: Path, person: A
         answers = [browser.post("/api/chat").status_code for _ in range(2)]
 
     assert answers == [200, 429]
+
+
+def test_limits_at_a_view_hold_through_djangos_door(project: Project, person: Any) -> None:
+    marked = guarded("1 requests/hour per user", feature="search")(lambda request: HttpResponse("found"))
+    project({"search": marked, "other": lambda request: HttpResponse("free")})
+    client = Client()
+    client.force_login(person)
+
+    statuses = [client.post(each).status_code for each in ("/search", "/search", "/other", "/other")]
+
+    assert statuses == [200, 429, 200, 200]
