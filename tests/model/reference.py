@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from llm_guard_mw.arithmetic import MS_PER_DAY, drain
-from llm_guard_mw.model import Demand, EntryKind, JournalEntry, Kind, Line, Offer, Window
+from llm_guard_mw.model import FOREVER, Demand, EntryKind, JournalEntry, Kind, Line, Offer, Window
 from llm_guard_mw.stores.journal import read_event
 from llm_guard_mw.stores.protocol import (
     ABANDONED_TOMBSTONE_MS,
@@ -108,6 +108,8 @@ class ReferenceStore:
     """The protocol's methods, one after the other; `clock` gives ms since the epoch."""
 
     clock: Callable[[], int]
+    #: A delivery whose time is so far ahead was written by a clock that was wrong. (Redis has its own idle times.)
+    delivery_ahead_ms: int = FOREVER
     _balances: dict[str, Balance] = field(default_factory=dict)
     _members: defaultdict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))  # call -> lease end
     _holds: dict[str, Hold] = field(default_factory=dict)
@@ -438,7 +440,7 @@ class ReferenceStore:
                 new.append(entry)
             elif holder == consumer:
                 mine.append(entry)
-            elif since <= now - idle_ms:
+            elif since <= now - idle_ms or since > now + self.delivery_ahead_ms:
                 left_alone.append(entry)
         taken = (mine or left_alone or new)[:count]
         self._in_hand |= {entry.position: (consumer, now) for entry in taken}

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
-from llm_guard_mw.model import Demand, EntryKind, JournalEntry, Kind, Line, Offer, Unit, Window
+from llm_guard_mw.model import FOREVER, Demand, EntryKind, JournalEntry, Kind, Line, Offer, Unit, Window
 from llm_guard_mw.stores.journal import encode_event
 from llm_guard_mw.stores.protocol import (
     LATE_SETTLE_MS,
@@ -131,7 +131,7 @@ class TwoLives(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.reference = ReferenceStore(self.clock)
+        self.reference = ReferenceStore(self.clock, 60_000 if self.store_name == "sqlite" else FOREVER)
         self.closing = ExitStack()
         self.wishes: list[Reserve] = []
         self.known: dict[str, Known] = {}
