@@ -58,9 +58,10 @@ class GuardMiddleware:
         if scope["type"] == "websocket":
             await self._pass_by(scope, receive, send)
             return
+        if scope["type"] == "lifespan":
+            await self._through_a_lifespan(scope, receive, send)
+            return
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                self.directory.look()
             await self.app(scope, receive, send)
             return
         route = self.directory.route(scope["method"], _path_below_root(scope), scope)
@@ -69,6 +70,17 @@ class GuardMiddleware:
             return
         self.installation.keeper.start()
         await _Passage(self.app, self.guard, self.installation, route)(scope, receive, send)
+
+    async def _through_a_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Look at the views before the app starts, since a mistake there should end it, and at what its start added."""
+        self.directory.look()
+
+        async def look_again(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.directory.look(again=True)
+            await send(message)
+
+        await self.app(scope, receive, look_again)
 
     async def _pass_by(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Not guarded; but what a stranger says about identity is believed nowhere behind us."""

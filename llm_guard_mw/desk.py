@@ -331,7 +331,7 @@ class Desk:
         if isinstance(outcome, Granted | Refused):
             answer = read(wish, outcome)
             return self._refused(wish.call, answer, wish.number) if isinstance(answer, Refusal) else answer
-        raise StoreUnavailable("the store answered too late")
+        raise StoreUnavailable("the store answered too late", asked=True)  # an earlier attempt may have been granted
 
     def undo(self, wish: Plan) -> None:
         """Give back what the store may have granted to somebody who did not wait for its answer."""
@@ -428,7 +428,10 @@ class Desk:
         """Values that some limit counts by and that this process has not met: the store decides on their balance."""
         if not (call.tags.trusted and self.policy.asks_tags):
             return []
-        limits = self._limits(call)
+        # Whatever their conditions: some hold for a model, which only the exchange will name.
+        limits = self.policy.candidates(call.route)
+        if not call.identified:
+            limits = tuple([limit for limit in limits if _NAMELESS.issuperset(limit.scope)])
         values = self.policy.scope_values(call.route, call.principal, call.tags, feature=_feature(call))
         return [stranger for stranger in _bounded_values(values, limits) if stranger not in self._admitted]
 

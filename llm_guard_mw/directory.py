@@ -49,8 +49,13 @@ class Directory:
         self._views: _Views | None = None
         self._told: set[tuple[object, ...]] = set()
 
-    def look(self) -> None:
-        """Read the app now, if anything is marked: what is wrong there should be heard of at the start."""
+    def look(self, *, again: bool = False) -> None:
+        """Read the app now, if anything is marked: what is wrong there should be heard of at the start.
+
+        `again`: also if it seems to be as it was. A mounted app may have got routes, which its size does not show.
+        """
+        if again:
+            self._views = None
         if marked:
             self._read()
 

@@ -239,6 +239,10 @@ class Policy:
             feature = route.feature
         return ScopeValues.of(principal, tags, feature=feature, model=model)
 
+    def candidates(self, route: Route | None) -> tuple[Limit, ...]:
+        """All limits that may count for some call of a route, whatever their conditions."""
+        return self._plans.of(route).candidates
+
     def limits_for(
         self,
         route: Route | None,
@@ -312,6 +316,7 @@ class _Plan:
             ranked.setdefault((limit.scope, limit.counted), []).append((behind, limit))
         groups = [sorted(group, key=lambda one: (one[0], _precedence(one[1]))) for group in ranked.values()]
         self._groups = tuple([tuple([limit for _, limit in group]) for group in groups])
+        self.candidates = tuple([limit for group in self._groups for limit in group])
         asked: dict[str, set[str]] = {}
         for group in self._groups:
             for limit in group:

@@ -106,9 +106,9 @@ def _put_together(config: Config) -> Installation:
 
 def _take_apart(installed: Installation) -> None:
     installed.keeper.stop()
+    installed.desk.store.close()  # what it cannot settle any more, it gives back to the outbox
     installed.desk.alone.keep(installed.desk.outbox)
     installed.desk.spool.close()
-    installed.desk.store.close()
     installed.keeper.ledger.close()
     installed.desk.identifier.close()
 

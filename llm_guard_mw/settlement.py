@@ -317,7 +317,7 @@ def book(plan: Plan, usage: Usage, cost: Cost) -> Closing:
         if demand.kind is Kind.CONCURRENT:
             continue
         start = demand.windows[0].start if demand.windows else 0
-        line = Line(demand.balance, demand.kind, demand.unit, start, 0)
+        line = Line(demand.balance, demand.kind, demand.unit, start, 0, demand.spent_at_reserve)
         moved.append(Moved(line, _booked(line, usage, cost)))
     settlement = Settlement(
         plan.wish.exchange,

@@ -120,7 +120,7 @@ class GuardMiddleware:
 
     def _open_sync(self, request: Any, view: Any, arguments: Any, named: Any) -> Any:
         passage: _Passage | None = getattr(request, _PASSAGE, None)
-        if passage is None:
+        if passage is None or passage.call is not None:  # a middleware inside of us may ask twice
             return None
         call_id = ""
         try:
@@ -155,7 +155,7 @@ class GuardMiddleware:
 
     async def _open_async(self, request: Any, view: Any, arguments: Any, named: Any) -> Any:
         passage: _Passage | None = getattr(request, _PASSAGE, None)
-        if passage is None:
+        if passage is None or passage.call is not None:  # a middleware inside of us may ask twice
             return None
         call_id = ""
         try:
@@ -313,7 +313,13 @@ class _Passage:
         self.whole = not self.streams(response)
         response._resource_closers.insert(0, _AtClose(self._enter))
         response._resource_closers.append(_AtClose(self._leave))
+        setattr(self.request, _PASSAGE, None)  # from here on the response alone holds us
         return response
+
+    def __del__(self) -> None:
+        """A response that nobody closes: a middleware around us has failed, or has put another one in its place."""
+        if self.call is not None and not self.closed:
+            self.door.installation.desk.left_behind.append(self.close)
 
     def _enter(self) -> None:
         self.before = current_call()

@@ -318,6 +318,8 @@ class _Engine:
                             for n, reply in zip(missing, loaded[-len(missing) :], strict=True):
                                 replies[n] = reply
                         raise_if_away(replies)
+            except StoreUnavailable as error:  # no place in the pool, perhaps for the second attempt
+                raise unavailable(self.address.name, error, asked=asked) from error
             except (*LINK_ERRORS, ConfigError) as error:
                 asked |= spoken
                 if not (again and spoken):

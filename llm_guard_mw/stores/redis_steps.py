@@ -242,10 +242,10 @@ class Steps:
         return self._close(exchange, lines, said, settlement.payload)
 
     def _close(self, exchange: bytes, lines: Sequence[Line], said: list[Any], payload: bytes) -> Spoken:
-        names = tuple([line.balance for line in lines])
-        layout = self._layouts.get(names)
+        known_by = tuple([each for line in lines for each in (line.balance, line.spent)])
+        layout = self._layouts.get(known_by)
         if layout is None:
-            layout = self._remember(names, self._lay_out_settle(lines))
+            layout = self._remember(known_by, self._lay_out_settle(lines))
         now, numbers = self._now(), _flat(said)
         words = b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n$%d\r\n%b\r\n%b$%d\r\n%b\r\n" % (
             *(layout.head, len(exchange), exchange),

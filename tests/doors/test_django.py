@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from llm_guard_mw import ConfigError, capture, current_call, guarded, load_config, process
 from llm_guard_mw.cli.demo.standin import StandIn
 from tests.doors import django_project
-from tests.doors.harness import API_KEY, PROMPT
+from tests.doors.harness import API_KEY, PROMPT, until
 
 from django.contrib.auth import get_user_model  # isort: skip
 from django.core.checks import run_checks  # isort: skip
@@ -376,3 +377,42 @@ def test_limits_at_a_view_hold_through_djangos_door(project: Project, person: An
     statuses = [client.post(each).status_code for each in ("/search", "/search", "/other", "/other")]
 
     assert statuses == [200, 429, 200, 200]
+
+
+class Failing:
+    """A middleware around the guard that loses its response."""
+
+    def __init__(self, get_response: Callable[[Any], Any]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: Any) -> Any:
+        self.get_response(request)
+        raise RuntimeError("a middleware outside has failed")
+
+
+class Twice:
+    """A middleware inside of the guard that asks for the response twice."""
+
+    def __init__(self, get_response: Callable[[Any], Any]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: Any) -> Any:
+        self.get_response(request)
+        return self.get_response(request)
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_call_ends_whatever_other_middleware_does_with_its_response(
+    project: Project, person: Any, where: str
+) -> None:
+    failing, twice = f"{__name__}.Failing", f"{__name__}.Twice"
+    around = [failing, *django_project.MIDDLEWARE] if where == "outside" else [*django_project.MIDDLEWARE, twice]
+    project({"api/chat": lambda request: HttpResponse("hello")}, settings={"MIDDLEWARE": around})
+    client = Client(raise_request_exception=False)
+    client.force_login(person)
+
+    client.post("/api/chat")
+    gc.collect()
+
+    desk = process.install().desk
+    until(lambda: not desk.open and not desk.calls, "the call is closed")

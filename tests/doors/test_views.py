@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from starlette.convertors import CONVERTOR_TYPES, Convertor
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.routing import Host, Route
+from starlette.routing import Host, Mount, Route
 from starlette.testclient import TestClient
 from werkzeug.test import Client
 
@@ -673,3 +674,24 @@ def test_a_marked_view_is_the_view_itself() -> None:
     async def view() -> None: ...
 
     assert guarded(ONCE)(view) is view
+
+
+def test_a_view_that_the_apps_start_adds_to_a_mounted_app_is_guarded(written: Any) -> None:
+    @guarded(ONCE)
+    async def late(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("late")
+
+    mounted = Starlette()
+
+    @asynccontextmanager
+    async def start(app: Starlette) -> AsyncIterator[None]:
+        mounted.router.routes.append(Route("/late", late, methods=["POST"]))
+        yield
+
+    app = Starlette(routes=[Mount("/sub", app=mounted)], lifespan=start)
+    app.add_middleware(GuardMiddleware, config=written())
+
+    with TestClient(app, client=PEER) as client:
+        statuses = [client.post("/sub/late", headers={"x-user-id": "ada"}).status_code for _ in range(2)]
+
+    assert statuses == [200, 429]
