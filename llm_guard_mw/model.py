@@ -2,8 +2,8 @@
 
 Everything here is a frozen value: a `msgspec.Struct`, since a request makes dozens of them and a dataclass of so
 many fields costs ten times as much to make or amend (docs/decisions/0006); `Usage`, which apps see, is a dataclass.
-Money is an `int` of nano-dollars, times are `int` milliseconds since
-the Unix epoch (UTC), and nothing does I/O. The definitions are those of docs/explanation/accounting.md.
+Money is an `int` of nano-dollars, times are `int` milliseconds since the Unix epoch (UTC), and nothing does I/O. The
+definitions are those of docs/explanation/accounting.md.
 
     Principal, Tags          who, and under which names the cost is reported
     Usage, Cost              what a provider says it did, and what that is worth
